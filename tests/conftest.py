@@ -1,0 +1,140 @@
+"""Real parts for every test: a repository that was exported, the embedded Triton on it, the gateway on a socket."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from export.__main__ import main as export_main
+from export.repository import Repository
+from tests.offline import Offline
+from triton_runtime.server import Endpoint, TritonServer
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.jpg"))
+PARCELS = Path(os.environ.get("PARCELS", ROOT.parent / "shared" / "data" / "parcels"))
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def free_endpoint() -> Endpoint:
+    return Endpoint(http=free_port(), grpc=free_port(), metrics=free_port())
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Wait until `condition` holds; it may raise connection errors meanwhile."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if condition():
+                return
+        except httpx.TransportError:
+            pass
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.05)
+
+
+class GatewayProcess:
+    """`python -m gateway` as a user runs it; `log` is where its lines go."""
+
+    def __init__(self, triton: Endpoint, log: Path, **settings: object) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        environment = {
+            **os.environ,
+            "GATEWAY_PORT": str(self.port),
+            "GATEWAY_TRITON_URL": f"127.0.0.1:{triton.grpc}",
+            **{f"GATEWAY_{name.upper()}": str(value) for name, value in settings.items()},
+        }
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gateway"], env=environment, cwd=ROOT, stdout=output, stderr=output
+            )
+
+    def __enter__(self) -> GatewayProcess:
+        wait_for(lambda: httpx.get(f"{self.url}/health/live").status_code == 200)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait(40)
+
+    def is_ready(self) -> bool:
+        return httpx.get(f"{self.url}/health/ready").status_code == 200
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This checkout's repository, exported completely. Shared: copy it before changing it."""
+    root = tmp_path_factory.mktemp("pristine") / "model_repository"
+    shutil.copytree(ROOT / "model_repository", root)
+    assert export_main(["--repository", str(root)]) == 0
+    return root
+
+
+@pytest.fixture
+def repository(pristine: Path, tmp_path: Path) -> Path:
+    """A repository of the test's own."""
+    return Path(shutil.copytree(pristine, tmp_path / "model_repository"))
+
+
+@pytest.fixture(scope="session")
+def release(pristine: Path) -> str:
+    """The name of the release that answers."""
+    return Repository(pristine).releases("defect")[-1].name
+
+
+@pytest.fixture(scope="session")
+def triton(pristine: Path) -> Iterator[Endpoint]:
+    """A real Triton on the pristine repository."""
+    with TritonServer(pristine, free_endpoint(), poll_seconds=1) as server:
+        server.wait_until_ready()
+        yield server.endpoint
+
+
+@pytest.fixture(scope="session")
+def gateway(triton: Endpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    """A real gateway in front of that Triton, with a short limit on bodies so that it can be tested."""
+    log = tmp_path_factory.mktemp("gateway") / "log.jsonl"
+    # A long deadline: the machine that tests run on may be slow, and deadlines have tests of their own.
+    with GatewayProcess(triton, log, max_body_bytes=8 * 2**20, deadline_s=60, log_level="debug") as process:
+        wait_for(process.is_ready)
+        yield process
+
+
+@pytest.fixture(scope="session")
+def client(gateway: GatewayProcess) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=gateway.url, timeout=90) as http:
+        yield http
+
+
+@pytest.fixture(scope="session")
+def offline(pristine: Path) -> Offline:
+    return Offline(pristine)
+
+
+@pytest.fixture(scope="session")
+def photographs() -> list[Path]:
+    """The validation photographs; the project's own drawings where the data is absent."""
+    return sorted((PARCELS / "valid").glob("*/*.jpg")) or EXAMPLES
+
+
+@pytest.fixture(scope="session")
+def jpeg() -> bytes:
+    """One good picture."""
+    return EXAMPLES[0].read_bytes()
