@@ -1,0 +1,1 @@
+"""From a trained checkpoint, or an ONNX file, to a verified and published release. CLI: `python -m export`."""

@@ -1,0 +1,88 @@
+"""`python -m export`: a trained checkpoint, or an ONNX file of your own, becomes a release in the repository."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+import contract
+from export import candidate, config, graph
+from export.repository import Repository, RepositoryError
+from export.spec import Spec
+from export.steps import REPOSITORY
+
+_EPILOG = """examples:
+  python -m export                                         the checkpoint of this project -> defect-v<n>
+  python -m export --checkpoint runs/7                     another checkpoint (model.safetensors, card.json)
+  python -m export --onnx fruit.onnx --spec fruit.toml     a model of your own -> <name in the spec>-v<n>
+
+Content that is published already keeps its number: running twice changes nothing.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parse = argparse.ArgumentParser(
+        prog="python -m export", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawTextHelpFormatter
+    )
+    root = Path(__file__).resolve().parent
+    source = parse.add_argument_group("what to export")
+    source.add_argument("--checkpoint", type=Path, metavar="DIR", help="model.safetensors and card.json")
+    source.add_argument("--pipeline", default="defect", metavar="NAME", help="of a checkpoint (default: defect)")
+    source.add_argument("--onnx", type=Path, metavar="FILE", help="a model of your own, with --spec")
+    source.add_argument("--spec", type=Path, metavar="FILE", help="TOML: name, labels, input, output")
+    target = parse.add_argument_group("where to")
+    target.add_argument("--repository", type=Path, default=REPOSITORY, metavar="DIR", help="default: model_repository")
+    target.add_argument(
+        "--serving", type=Path, default=root / "serving.toml", metavar="FILE", help="default: export/serving.toml"
+    )
+    target.add_argument("--if-missing", action="store_true", help="do nothing where the newest release is complete")
+    parse.set_defaults(default_checkpoint=root / "checkpoints" / "defect")
+    return parse
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Export and publish; 0 when the release is complete, 1 when it was refused (the reason is on stderr)."""
+    parse = parser()
+    options = parse.parse_args(arguments)
+    if (options.onnx is None) != (options.spec is None):
+        parse.error("--onnx and --spec go together")
+    if options.onnx and options.checkpoint:
+        parse.error("give --checkpoint or --onnx, not both")
+    if not contract.PIPELINE_NAME.fullmatch(options.pipeline):
+        parse.error("--pipeline must be lower-case letters, digits and _, starting with a letter")
+    console = Console(stderr=True, highlight=False)
+    repository = Repository(options.repository)
+
+    try:
+        if options.if_missing and repository.is_complete(options.pipeline):
+            return 0
+        with console.status("exporting"):
+
+            def report(line: str) -> None:
+                console.print(f"- {line}")
+
+            serving = config.Serving.read(options.serving)
+            if options.onnx:
+                built = candidate.from_onnx(options.onnx, Spec.read(options.spec), repository, report)
+            else:
+                folder = options.checkpoint or options.default_checkpoint
+                built = candidate.from_checkpoint(folder, options.pipeline, repository, report)
+            published = repository.publish(built, serving)
+    except (candidate.ExportError, graph.GraphError, RepositoryError, ValueError, OSError) as error:
+        console.print(f"not exported: {error}", style="red", markup=False)
+        return 1
+
+    for path in published.written:
+        report(f"wrote {path}")
+    if not published.written:
+        report("everything is in place already")
+    print(published.manifest.name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Writing into a live model repository: a file or a folder is there whole, or not at all, also after a crash.
+
+Everything is written and flushed in a staging folder beside the repository (same file system, never seen by
+Triton, which takes any folder whose name starts with a digit for a version), and then renamed into place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import mkdtemp
+
+
+class Staging:
+    """The staging folder of one repository, locked against other writers while open."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    @contextlib.contextmanager
+    def beside(cls, repository: Path) -> Iterator[Staging]:
+        """Open the staging folder beside `repository`; wait while another process has it open.
+
+        What an interrupted run left behind is removed.
+        """
+        folder = repository.resolve().parent / f".{repository.resolve().name}.staging"
+        folder.mkdir(exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _empty(folder)
+            yield cls(folder)
+            _empty(folder)
+        finally:
+            os.close(lock)
+
+    def write_file(self, target: Path, content: bytes) -> None:
+        """Create or replace one file."""
+        staged = Path(mkdtemp(dir=self.folder)) / target.name
+        _write(staged, content)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staged, target)
+        _flush(target.parent)
+
+    def write_folder(self, target: Path, files: Mapping[str, bytes]) -> None:
+        """Create a folder with these files, named relative to it.
+
+        Raises:
+            OSError: `target` exists and is not empty.
+        """
+        staged = Path(mkdtemp(dir=self.folder)) / target.name
+        staged.mkdir()
+        for name, content in files.items():
+            path = staged / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, content)
+            _flush(path.parent)
+        _flush(staged)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(staged, target)
+        _flush(target.parent)
+
+
+def _empty(folder: Path) -> None:
+    for leftover in folder.iterdir():
+        shutil.rmtree(leftover)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,212 @@
+"""The `config.pbtxt` files of a pipeline, rendered from Triton's own protobuf types.
+
+`tritonclient` carries the `ModelConfig` message; protobuf's text format is what Triton reads. A field that
+does not exist or has the wrong type fails here, not on a server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tomllib
+from google.protobuf import text_format
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tritonclient.grpc import model_config_pb2 as pb
+
+import contract
+from export import graph
+
+Tensors = Mapping[str, tuple[int, list[int]]]
+"""Tensor name -> (Triton data type, shape without the batch axis)."""
+
+_HEADER = "# Written by `python -m export`. Change export/serving.toml and export again.\n"
+_FROZEN_HEADER = "# A published release: written once by `python -m export`, never edited.\n"
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PythonStep(_Table):
+    """How a Python step runs."""
+
+    instances: int = Field(default=1, ge=1, le=64)
+
+
+class ClassifierStep(_Table):
+    """How the ONNX model runs."""
+
+    instances: int = Field(default=1, ge=1, le=64)
+    threads: int = Field(default=1, ge=1, le=256)
+    accelerator: Literal["cuda", "tensorrt"] = "cuda"
+    precision: Literal["fp32", "fp16"] = "fp32"
+    engine_cache: str = "/var/cache/tensorrt"
+
+
+class Serving(_Table):
+    """Serving settings of a pipeline's steps: `export/serving.toml`."""
+
+    max_batch_size: int = Field(default=8, ge=1, le=256)
+    queue_delay_us: int = Field(default=0, ge=0, le=1_000_000)
+    preprocess: PythonStep = PythonStep()
+    classifier: ClassifierStep = ClassifierStep()
+    postprocess: PythonStep = PythonStep()
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a TOML file.
+
+        Raises:
+            ValueError: it is not TOML, or a key is unknown or out of range; the message names each.
+        """
+        try:
+            return cls.model_validate(tomllib.loads(path.read_text()))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is not TOML: {error}") from None
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ValueError(f"{path}: {problems}") from None
+
+
+def render(config: pb.ModelConfig) -> bytes:
+    """The file's content."""
+    header = _FROZEN_HEADER if config.HasField("ensemble_scheduling") else _HEADER
+    return (header + text_format.MessageToString(config)).encode()
+
+
+def parse(text: str) -> pb.ModelConfig:
+    """Read a config.pbtxt.
+
+    Raises:
+        ValueError: the text is not a model configuration.
+    """
+    try:
+        return text_format.Parse(text, pb.ModelConfig())
+    except text_format.ParseError as error:
+        raise ValueError(f"not a config.pbtxt: {error}") from None
+
+
+def preprocess(pipeline: str, versions: Iterable[int], size: int, serving: Serving) -> pb.ModelConfig:
+    """The preprocessing step, for pictures of size x size pixels."""
+    config = _step(pipeline, "preprocess", versions, serving)
+    _declare(config.input, {contract.IMAGE: (pb.TYPE_STRING, [1])})
+    _declare(
+        config.output,
+        {
+            graph.PIXELS: (pb.TYPE_UINT8, [size, size, 3]),
+            contract.ERROR: (pb.TYPE_STRING, [1]),
+            contract.TIMES: (pb.TYPE_INT64, [2]),
+        },
+    )
+    _on_cpu(config, serving.preprocess)
+    return config
+
+
+def classifier(pipeline: str, versions: Iterable[int], size: int, labels: int, serving: Serving) -> pb.ModelConfig:
+    """The ONNX model: on a GPU where there is one, on the processor elsewhere."""
+    config = _step(pipeline, "classifier", versions, serving)
+    config.backend = "onnxruntime"
+    config.default_model_filename = "model.onnx"
+    _declare(config.input, {graph.PIXELS: (pb.TYPE_UINT8, [size, size, 3])})
+    _declare(
+        config.output,
+        {graph.PROBABILITIES: (pb.TYPE_FP32, [labels]), graph.DIGEST: (pb.TYPE_UINT8, [32])},
+    )
+    settings = serving.classifier
+    config.instance_group.add(count=settings.instances, kind=pb.ModelInstanceGroup.KIND_AUTO)
+    config.parameters["intra_op_thread_count"].string_value = str(settings.threads)
+    config.parameters["inter_op_thread_count"].string_value = "1"
+    if settings.accelerator == "tensorrt":
+        tensorrt = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="tensorrt")
+        tensorrt.parameters["precision_mode"] = settings.precision.upper()
+        tensorrt.parameters["trt_engine_cache_enable"] = "true"
+        tensorrt.parameters["trt_engine_cache_path"] = f"{settings.engine_cache}/{pipeline}"
+    for batch in sorted({1, serving.max_batch_size}):
+        warmup = config.model_warmup.add(name=f"batch of {batch}", batch_size=batch)
+        pixels = warmup.inputs[graph.PIXELS]
+        pixels.data_type, pixels.random_data = pb.TYPE_UINT8, True
+        pixels.dims.extend([size, size, 3])
+    return config
+
+
+def postprocess(pipeline: str, versions: Iterable[int], labels: int, serving: Serving) -> pb.ModelConfig:
+    """The postprocessing step."""
+    config = _step(pipeline, "postprocess", versions, serving)
+    _declare(
+        config.input,
+        {
+            graph.PROBABILITIES: (pb.TYPE_FP32, [labels]),
+            graph.DIGEST: (pb.TYPE_UINT8, [32]),
+            contract.ERROR: (pb.TYPE_STRING, [1]),
+            contract.TIMES: (pb.TYPE_INT64, [2]),
+        },
+    )
+    _declare(config.output, _answer(labels))
+    _on_cpu(config, serving.postprocess)
+    return config
+
+
+def ensemble(manifest: contract.Manifest, max_batch_size: int) -> pb.ModelConfig:
+    """The release itself: each step pinned to a version, and the manifest as parameters."""
+    config = pb.ModelConfig(name=manifest.name, platform="ensemble", max_batch_size=max_batch_size)
+    config.version_policy.specific.versions.append(1)
+    _declare(config.input, {contract.IMAGE: (pb.TYPE_STRING, [1])})
+    _declare(config.output, _answer(len(manifest.labels)))
+    wiring = {
+        "preprocess": ([contract.IMAGE], ["PIXELS", "PICTURE_ERROR", "PREPROCESS_TIMES"]),
+        "classifier": (["PIXELS"], ["PROBABILITIES", "CLASSIFIER_DIGEST"]),
+        "postprocess": (
+            ["PROBABILITIES", "CLASSIFIER_DIGEST", "PICTURE_ERROR", "PREPROCESS_TIMES"],
+            list(contract.OUTPUTS),
+        ),
+    }
+    tensors = {
+        "preprocess": ([contract.IMAGE], [graph.PIXELS, contract.ERROR, contract.TIMES]),
+        "classifier": ([graph.PIXELS], [graph.PROBABILITIES, graph.DIGEST]),
+        "postprocess": (
+            [graph.PROBABILITIES, graph.DIGEST, contract.ERROR, contract.TIMES],
+            list(contract.OUTPUTS),
+        ),
+    }
+    for step in contract.STEPS:
+        entry = config.ensemble_scheduling.step.add(
+            model_name=contract.step_model(manifest.pipeline, step), model_version=manifest.steps[step].version
+        )
+        for names, outer, target in zip(tensors[step], wiring[step], (entry.input_map, entry.output_map), strict=True):
+            target.update(zip(names, outer, strict=True))
+    for key, value in manifest.to_parameters().items():
+        config.parameters[key].string_value = value
+    return config
+
+
+def _answer(labels: int) -> Tensors:
+    return {
+        contract.LABEL: (pb.TYPE_STRING, [1]),
+        contract.CONFIDENCE: (pb.TYPE_FP32, [1]),
+        contract.LABELS: (pb.TYPE_STRING, [labels]),
+        contract.SCORES: (pb.TYPE_FP32, [labels]),
+        contract.DIGEST: (pb.TYPE_STRING, [1]),
+        contract.ERROR: (pb.TYPE_STRING, [1]),
+        contract.TIMES: (pb.TYPE_INT64, [4]),
+    }
+
+
+def _step(pipeline: str, step: str, versions: Iterable[int], serving: Serving) -> pb.ModelConfig:
+    """What all steps share. Only versions that a release pins are visible to Triton."""
+    config = pb.ModelConfig(
+        name=contract.step_model(pipeline, step), backend="python", max_batch_size=serving.max_batch_size
+    )
+    config.version_policy.specific.versions.extend(sorted(versions))
+    config.dynamic_batching.max_queue_delay_microseconds = serving.queue_delay_us
+    return config
+
+
+def _on_cpu(config: pb.ModelConfig, settings: PythonStep) -> None:
+    config.instance_group.add(count=settings.instances, kind=pb.ModelInstanceGroup.KIND_CPU)
+
+
+def _declare(field: Any, tensors: Tensors) -> None:
+    for name, (kind, dims) in tensors.items():
+        field.add(name=name, data_type=kind, dims=dims)

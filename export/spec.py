@@ -1,0 +1,76 @@
+"""The spec file of a user's own model: what the ONNX file does not say about itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import tomllib
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+import contract
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+PerChannel = float | Annotated[tuple[float, float, float], Field(description="red, green, blue")]
+
+
+class Input(_Table):
+    """How the network wants its pictures: `(pixel * scale - mean) / std`, pixels being 0 to 255."""
+
+    name: str | None = None
+    size: int = Field(ge=16, le=2048)
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    scale: float = Field(default=1.0, gt=0)
+    mean: PerChannel = 0.0
+    std: PerChannel = 1.0
+
+    @model_validator(mode="after")
+    def _std_is_positive(self) -> Self:
+        if min(self.std if isinstance(self.std, tuple) else (self.std,)) <= 0:
+            raise ValueError("std must be above zero")
+        return self
+
+
+class Output(_Table):
+    """What the network returns, and the temperature that calibrates it."""
+
+    name: str | None = None
+    kind: Literal["logits", "probabilities"] = "logits"
+    temperature: float = Field(default=1.0, gt=0)
+
+
+class Spec(_Table):
+    """A pipeline of the user's own. `thresholds`, by label, default to equal ones."""
+
+    name: str = Field(pattern=rf"^{contract.PIPELINE_NAME.pattern}$")
+    labels: tuple[str, ...] = Field(min_length=2, max_length=1000)
+    input: Input
+    output: Output = Output()
+    thresholds: dict[str, Annotated[float, Field(gt=0, lt=1)]] = {}
+
+    @model_validator(mode="after")
+    def _labels_are_consistent(self) -> Self:
+        if len(set(self.labels)) != len(self.labels) or not all(self.labels):
+            raise ValueError("labels must be different from each other and not empty")
+        if self.thresholds and set(self.thresholds) != set(self.labels):
+            raise ValueError("thresholds must name every label, and nothing else")
+        return self
+
+    @classmethod
+    def read(cls, path: Path) -> Spec:
+        """Read a TOML file.
+
+        Raises:
+            ValueError: it is not TOML, or a key is unknown, missing or wrong; the message names each.
+        """
+        try:
+            return cls.model_validate(tomllib.loads(path.read_text()))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is not TOML: {error}") from None
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'spec'}: {e['msg']}" for e in error.errors())
+            raise ValueError(f"{path}: {problems}") from None

@@ -1,0 +1,75 @@
+"""The steps of a pipeline as content: files and their digest, whether on disk or about to be written."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import onnx
+
+from export.graph import content_digest
+
+REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
+"""The repository of this checkout."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One version of one step: its files by name, and the SHA-256 of its content in hexadecimal."""
+
+    files: Mapping[str, bytes]
+    digest: str
+
+    @classmethod
+    def of_files(cls, files: Mapping[str, bytes]) -> Step:
+        """A Python step, digested by its files' names and contents."""
+        digest = hashlib.sha256()
+        for name in sorted(files):
+            digest.update(name.encode() + b"\0" + hashlib.sha256(files[name]).digest())
+        return cls(files, digest.hexdigest())
+
+    @classmethod
+    def of_graph(cls, model: onnx.ModelProto) -> Step:
+        """A classifier step, digested by its graph's content (the digest that the graph itself returns)."""
+        return cls({"model.onnx": model.SerializeToString(deterministic=True)}, content_digest(model))
+
+    @classmethod
+    def read(cls, folder: Path) -> Step | None:
+        """The version in `folder`; None where the folder is missing or empty.
+
+        Raises:
+            google.protobuf.message.DecodeError: its model.onnx is no ONNX file.
+        """
+        paths = [p for p in sorted(folder.glob("*")) if p.is_file() and not p.name.startswith(".")]
+        if not paths:
+            return None
+        files = {path.name: path.read_bytes() for path in paths}
+        if "model.onnx" in files:
+            return cls(files, content_digest(onnx.load_from_string(files["model.onnx"])))
+        return cls.of_files(files)
+
+    def with_file(self, name: str, content: bytes) -> Step:
+        """This Python step with one file replaced."""
+        return Step.of_files({**self.files, name: content})
+
+
+def load_module(path: Path) -> ModuleType:
+    """Import one Python file of a model repository without making its folder importable.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: is this a complete model repository?")
+    name = "_".join(("step", *path.with_suffix("").parts[-3:]))
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickling look a module up by its name
+    spec.loader.exec_module(module)
+    return module
