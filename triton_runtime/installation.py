@@ -1,0 +1,142 @@
+"""What the embedded server needs from this machine, found and checked before anything is started.
+
+Each thing that is missing is one `Missing` with one line: what, and what to do.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import socket
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+SERVER_VERSION = "24.10"
+"""The NVIDIA release that the wheel carries; docker-compose.yml runs the same one."""
+GLIBC = (2, 35)
+SHARED_MEMORY = 64 << 20
+"""Bytes that must be free for the Python stubs: what Docker gives a container that asks for nothing."""
+SHARED_MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108 - where Linux keeps it
+
+
+class Missing(RuntimeError):
+    """The embedded Triton cannot run here; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Installation:
+    """Where the parts of the server lie."""
+
+    server: Path
+    stub: Path
+    python_backend: Path
+    libraries: tuple[Path, ...]
+    site_packages: Path
+
+    @classmethod
+    def find(cls) -> Installation:
+        """Locate the wheel and this Python's shared library.
+
+        Raises:
+            Missing: this machine cannot run the wheel, or something is not installed.
+        """
+        if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+            raise Missing(f"needs Linux on x86_64, this is {platform.system()} on {platform.machine()}: use compose")
+        name, version = platform.libc_ver()
+        if name != "glibc" or tuple(map(int, version.split(".")[:2])) < GLIBC:
+            wanted = ".".join(map(str, GLIBC))
+            raise Missing(f"needs glibc {wanted} or newer, this is {name or 'another libc'} {version}: use compose")
+        spec = importlib.util.find_spec("pytriton")
+        if spec is None or spec.origin is None:
+            raise Missing("the wheel nvidia-pytriton is not installed: run 'make setup'")
+        package = Path(spec.origin).parent
+        root = package / "tritonserver"
+        stub = root / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}"
+        found = cls(
+            server=root / "bin" / "tritonserver",
+            stub=stub / "triton_python_backend_stub",
+            python_backend=root / "backends" / "python",
+            libraries=(package.parent / "nvidia_pytriton.libs", _libpython_folder()),
+            site_packages=package.parent,
+        )
+        for path in (found.server, found.stub, found.python_backend / "libtriton_python.so", found.libraries[0]):
+            if not path.exists():
+                raise Missing(f"{path} is missing: reinstall nvidia-pytriton with 'make setup'")
+        _check_packages()
+        return found
+
+    def lay_out(self, folder: Path) -> dict[str, str]:
+        """Fill `folder` with what one server needs; return the environment to run it in.
+
+        `backends/` is the backend directory: the wheel's Python backend, and our ONNX Runtime on top of it.
+        `python/` is a virtual environment for the stubs. They start Python isolated, which ignores PYTHONPATH
+        and PYTHONDONTWRITEBYTECODE, but not the environment whose `python3` comes first on the PATH.
+        """
+        backend = folder / "backends" / "python"
+        backend.mkdir(parents=True)
+        for path in (*self.python_backend.glob("*.*"), self.stub):
+            shutil.copy2(path, backend)  # a link would lead out of the directory, which Triton refuses
+        shutil.copytree(Path(__file__).parent / "backends", folder / "backends", dirs_exist_ok=True)
+
+        python = folder / "python"
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        packages = python / "lib" / version / "site-packages"
+        packages.mkdir(parents=True)
+        # __pycache__ in the repository would make poll mode reload the model.
+        (packages / "embedded.pth").write_text(f"{self.site_packages}\nimport sys; sys.dont_write_bytecode = True\n")
+        (python / "pyvenv.cfg").write_text(f"home = {Path(sys.base_prefix, 'bin')}\n")
+        (python / "bin").mkdir()
+        (python / "bin" / "python3").symlink_to(Path(sys.base_prefix, "bin", version))
+        return {
+            **os.environ,
+            "LD_LIBRARY_PATH": ":".join(map(str, self.libraries)),
+            "PATH": f"{python / 'bin'}:{os.environ.get('PATH', os.defpath)}",
+            "OMP_NUM_THREADS": "1",
+        }
+
+
+def _libpython_folder() -> Path:
+    library = str(sysconfig.get_config_var("INSTSONAME") or "")
+    folder = Path(str(sysconfig.get_config_var("LIBDIR") or "/nowhere"))
+    if ".so" in library and (folder / library).exists():
+        return folder
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    if ctypes.util.find_library(version):
+        return Path("/usr/lib")  # the dynamic linker knows it
+    raise Missing(f"this Python has no shared lib{version}: install libpython (Debian: lib{version}), or use compose")
+
+
+def _check_packages() -> None:
+    for package in ("numpy", "onnxruntime", "pillow"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise Missing(f"{package} is not installed: run 'make setup'") from None
+        if package == "numpy" and int(version.split(".")[0]) >= 2:
+            raise Missing(f"numpy {version} breaks the {SERVER_VERSION} Python stub: install numpy<2 ('make setup')")
+
+
+def check_port(address: str, port: int, name: str) -> None:
+    """Raise `Missing` where `port` cannot be listened on; `name` is the variable that sets it."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            raise Missing(f"cannot listen on {address}:{port} ({error.strerror}): set {name} to another port") from None
+
+
+def check_shared_memory(folder: Path = SHARED_MEMORY_FOLDER) -> None:
+    """Raise `Missing` where the Python stubs would have no shared memory to talk through."""
+    if not os.access(folder, os.W_OK):
+        raise Missing(f"{folder} is not writable: Triton's Python steps talk through shared memory")
+    free = shutil.disk_usage(folder).free
+    if free < SHARED_MEMORY:
+        raise Missing(f"{folder} has {free >> 20} MB left, needs {SHARED_MEMORY >> 20}: free some, or raise shm_size")

@@ -1,0 +1,216 @@
+"""One embedded Triton server: started, waited for, stopped, and cleaned up after.
+
+Nothing is restarted here: when Triton ends by itself, that is reported with its exit status, and whoever runs
+this decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+import contract
+from triton_runtime.installation import (
+    SHARED_MEMORY_FOLDER,
+    Installation,
+    Missing,
+    check_port,
+    check_shared_memory,
+)
+
+
+class TritonFailed(RuntimeError):
+    """Triton ended, or does not serve what it should; the message says which model and why."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where Triton listens. The variables that set the ports are named in `VARIABLES`."""
+
+    address: str = "127.0.0.1"
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
+
+    VARIABLES: ClassVar = {"http": "TRITON_HTTP_PORT", "grpc": "TRITON_GRPC_PORT", "metrics": "TRITON_METRICS_PORT"}
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """TRITON_ADDRESS and the ports of `VARIABLES`, with the defaults above.
+
+        Raises:
+            Missing: a variable is not a port number.
+        """
+        ports = {}
+        for name, variable in cls.VARIABLES.items():
+            value = os.environ.get(variable, str(getattr(cls, name)))
+            if not value.isascii() or not value.isdigit() or not 0 < int(value) < 65536:
+                raise Missing(f"{variable}={value!r} is not a port: give a number from 1 to 65535")
+            ports[name] = int(value)
+        return cls(os.environ.get("TRITON_ADDRESS", cls.address), **ports)
+
+    def url(self, path: str) -> str:
+        """A URL of Triton's HTTP API."""
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"http://{host}:{self.http}{path}"
+
+
+class TritonServer:
+    """A Triton process on a repository. Use as a context manager; leaving it stops the server.
+
+    Args:
+        repository: the folder to serve; Triton follows changes to it.
+        endpoint: where to listen.
+        poll_seconds: how often the repository is looked at.
+        grace_seconds: how long requests in flight may take when the server is stopped.
+        verbose: let Triton log what it does, not only what goes wrong.
+
+    Raises:
+        Missing: on entering, where this machine lacks something.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        endpoint: Endpoint,
+        *,
+        poll_seconds: int = 2,
+        grace_seconds: int = 30,
+        verbose: bool = False,
+    ) -> None:
+        self.repository = repository.resolve()
+        self.endpoint = endpoint
+        self.poll_seconds = poll_seconds
+        self.grace_seconds = grace_seconds
+        self.verbose = verbose
+        self._prefix = f"triton_{os.getpid()}_{time.monotonic_ns()}_"
+
+    def __enter__(self) -> Self:
+        installation = Installation.find()
+        if not self.releases():
+            raise Missing(f"{self.repository} holds no release: run 'make export'")
+        for name, variable in Endpoint.VARIABLES.items():
+            check_port(self.endpoint.address, getattr(self.endpoint, name), variable)
+        check_shared_memory()
+        self._folder = tempfile.TemporaryDirectory(prefix="triton-runtime-")
+        environment = installation.lay_out(Path(self._folder.name))
+        self.process = subprocess.Popen(
+            self._command(installation.server, Path(self._folder.name, "backends")),
+            env=environment,
+            cwd=self._folder.name,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on once
+            preexec_fn=die_with_parent,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _command(self, server: Path, backends: Path) -> list[str]:
+        endpoint = self.endpoint
+        return [
+            str(server),
+            f"--model-repository={self.repository}",
+            f"--backend-directory={backends}",
+            f"--backend-config=python,shm-region-prefix-name={self._prefix}",
+            "--model-control-mode=poll",
+            f"--repository-poll-secs={self.poll_seconds}",
+            "--disable-auto-complete-config",
+            "--exit-on-error=false",  # one broken model must not take the others along
+            f"--exit-timeout-secs={self.grace_seconds}",
+            f"--http-address={endpoint.address}",
+            f"--http-port={endpoint.http}",
+            f"--grpc-address={endpoint.address}",
+            f"--grpc-port={endpoint.grpc}",
+            f"--metrics-address={endpoint.address}",
+            f"--metrics-port={endpoint.metrics}",
+            f"--log-info={str(self.verbose).lower()}",
+        ]
+
+    def releases(self) -> list[str]:
+        """The newest release of each pipeline in the repository."""
+        newest: dict[str, int] = {}
+        for path in self.repository.glob("*/config.pbtxt"):
+            if parsed := contract.parse_release_name(path.parent.name):
+                newest[parsed[0]] = max(newest.get(parsed[0], 0), parsed[1])
+        return [contract.release_name(pipeline, number) for pipeline, number in sorted(newest.items())]
+
+    def wait_until_ready(self, timeout: float = 120.0) -> list[str]:
+        """Wait until the newest release of each pipeline answers; return their names.
+
+        Raises:
+            TritonFailed: Triton ended or the time is over; the message holds each model's own reason.
+        """
+        deadline = time.monotonic() + timeout
+        waiting = self.releases()
+        while waiting:
+            if self.process.poll() is not None:
+                raise TritonFailed(f"Triton ended with status {self.process.returncode} while starting: see its log")
+            waiting = [name for name in waiting if not self._ready(name)]
+            if waiting and (reasons := self._failures(settled=True)):
+                raise TritonFailed(f"{', '.join(waiting)} cannot be served: {reasons}")
+            if waiting and time.monotonic() > deadline:
+                raise TritonFailed(
+                    f"{', '.join(waiting)} not ready after {timeout:g} s: {self._failures() or 'loading'}"
+                )
+            time.sleep(0.1)
+        return self.releases()
+
+    def _ready(self, release: str) -> bool:
+        try:
+            with urllib.request.urlopen(self.endpoint.url(f"/v2/models/{release}/ready"), timeout=5) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _failures(self, settled: bool = False) -> str:
+        """Why models are unavailable, as Triton says; with `settled`, nothing while one is still loading."""
+        request = urllib.request.Request(self.endpoint.url("/v2/repository/index"), data=b"{}", method="POST")
+        try:
+            with urllib.request.urlopen(request, timeout=5) as response:
+                index = json.load(response)
+        except (urllib.error.URLError, OSError, ValueError):
+            return ""
+        states = [model.get("state", "LOADING") for model in index]
+        if settled and ("LOADING" in states or "UNAVAILABLE" not in states):
+            return ""
+        reasons = [
+            f"{model['name']}: {' '.join(model.get('reason', 'no reason given').split())}"
+            for model in index
+            if model.get("state") == "UNAVAILABLE"
+        ]
+        return "; ".join(reasons)
+
+    def stop(self) -> None:
+        """Let Triton finish what it has, then make sure that no process and no shared memory is left."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(self.grace_seconds + 10)
+        except subprocess.TimeoutExpired:
+            print("triton: did not stop in time, killed", file=sys.stderr)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # it leads its group: stubs that outlived it
+        self.process.wait()
+        for segment in SHARED_MEMORY_FOLDER.glob(f"{self._prefix}*"):
+            segment.unlink(missing_ok=True)
+        self._folder.cleanup()
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this process with its parent, should the parent be killed (for `preexec_fn`)."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

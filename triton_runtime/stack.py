@@ -1,0 +1,113 @@
+"""`python -m triton_runtime.stack`: export if needed, Triton, the gateway, and one prediction to prove them.
+
+What `make serve` runs. The gateway is a process like any other here; nothing of it is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from triton_runtime.installation import Missing, check_port
+from triton_runtime.server import Endpoint, TritonFailed, TritonServer, die_with_parent
+from triton_runtime.signals import Stopped, unwind_on_signals
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "examples" / "parcel-damaged.jpg"
+
+
+class Gateway:
+    """The gateway as a child process in front of `triton`. Leaving the context lets it finish what it admitted."""
+
+    def __init__(self, triton: Endpoint, address: str, port: int) -> None:
+        self.url = f"http://{address}:{port}"
+        environment = {**os.environ, "GATEWAY_TRITON_URL": f"{triton.address}:{triton.grpc}"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "gateway"],
+            env=environment,
+            cwd=ROOT,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+
+    def __enter__(self) -> Gateway:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        self.process.wait()
+
+    def predict(self, picture: Path, timeout: float) -> dict:
+        """Send one picture until it is answered.
+
+        Raises:
+            TritonFailed: the gateway ended, or gave no answer in time.
+        """
+        deadline, last = time.monotonic() + timeout, "no answer"
+        headers = {"Content-Type": "image/jpeg"}
+        while time.monotonic() < deadline and self.process.poll() is None:
+            request = urllib.request.Request(f"{self.url}/v1/predict", picture.read_bytes(), headers)
+            try:
+                with urllib.request.urlopen(request, timeout=10) as response:
+                    return dict(json.load(response))
+            except urllib.error.HTTPError as error:
+                last = error.read().decode(errors="replace")
+            except OSError as error:
+                last = str(error)
+            time.sleep(0.2)
+        raise TritonFailed(f"the gateway does not answer: {last}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run until a signal comes (0) or a part ends by itself (1)."""
+    parse = argparse.ArgumentParser(prog="python -m triton_runtime.stack", description=__doc__)
+    parse.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: model_repository")
+    parse.add_argument("--verbose", action="store_true", help="Triton's whole log, not only warnings")
+    options = parse.parse_args(arguments)
+    unwind_on_signals()
+    try:
+        return _serve(options)
+    except Stopped:
+        print("stopped", file=sys.stderr)
+        return 0
+    except (Missing, TritonFailed) as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 1
+
+
+def _serve(options: argparse.Namespace) -> int:
+    address, port = os.environ.get("GATEWAY_HOST", "127.0.0.1"), int(os.environ.get("GATEWAY_PORT", "8080"))
+    check_port(address, port, "GATEWAY_PORT")
+    exporting = [sys.executable, "-m", "export", "--if-missing", "--repository", str(options.repository.resolve())]
+    if subprocess.run(exporting, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+        return 1
+    endpoint = Endpoint.from_environment()
+    print("starting Triton ...", file=sys.stderr, flush=True)
+    with TritonServer(options.repository, endpoint, verbose=options.verbose) as triton:
+        triton.wait_until_ready()
+        with Gateway(endpoint, address, port) as gateway:
+            answer = gateway.predict(SAMPLE, timeout=30)
+            print(f"{answer['model_version']}: {SAMPLE.name} is {answer['label']} ({answer['confidence']:.2f})")
+            print(f"ready: {gateway.url}")
+            sample = SAMPLE.relative_to(ROOT)
+            print(
+                f"try: curl -H 'Content-Type: image/jpeg' --data-binary @{sample} {gateway.url}/v1/predict", flush=True
+            )
+            while True:
+                for name, process in {"triton": triton.process, "gateway": gateway.process}.items():
+                    if process.poll() is not None:
+                        raise TritonFailed(f"{name} ended by itself with status {process.returncode}")
+                time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
