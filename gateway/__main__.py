@@ -1,0 +1,53 @@
+"""`python -m gateway`: the public API in front of Triton, in the foreground."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+import uvicorn
+
+from gateway import __version__, logs
+from gateway.app import create_app
+from gateway.settings import Settings
+
+
+def _settings_table() -> str:
+    rows = []
+    for name, field in Settings.model_fields.items():
+        rows.append(f"  GATEWAY_{name.upper():<20} {field.description} [{field.default}]")
+    return "environment:\n" + "\n".join(rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT, then finish what was admitted."""
+    parse = argparse.ArgumentParser(
+        prog="python -m gateway",
+        description=__doc__,
+        epilog=_settings_table(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parse.add_argument("--version", action="version", version=__version__)
+    parse.parse_args(arguments)
+    settings = Settings.read()
+    logs.configure(settings.log_level)
+    config = uvicorn.Config(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=int(settings.grace_s),
+    )
+    fields = {"host": settings.host, "port": settings.port, "triton": settings.triton_url}
+    logging.getLogger("gateway").info("starting", extra={"fields": fields})
+    server = uvicorn.Server(config)
+    server.run()
+    return 0 if server.started else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""The body of a request, in any of its three forms, to a picture and its metadata.
+
+Bounded in size and time; nothing is written to disk. A body is read up to its limit and no further.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from pydantic import TypeAdapter, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from gateway.errors import Failure
+from gateway.schemas import Metadata, PredictRequest
+from gateway.settings import Settings
+
+_METADATA: TypeAdapter[Metadata] = TypeAdapter(Metadata)
+
+OPENAPI_REQUEST_BODY = {
+    "required": True,
+    "content": {
+        "application/json": {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["image"],
+                "additionalProperties": False,
+                "properties": {
+                    "image": {"type": "string", "format": "binary", "description": "The picture file."},
+                    "metadata": {"type": "string", "description": "A flat JSON object, as in the JSON form."},
+                },
+            }
+        },
+        "image/*": {"schema": {"type": "string", "format": "binary", "description": "The picture file itself."}},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What was sent: the bytes of the file, not yet looked at, and the metadata to hand back."""
+
+    data: bytes
+    metadata: Metadata
+
+
+async def read_picture(request: Request, settings: Settings) -> Picture:
+    """Read one picture from a request.
+
+    Raises:
+        Failure: the body is missing, too large, too slow, of a type that is not taken, or malformed.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not media_type and request.headers.get("content-length", "0") == "0":
+        raise Failure("missing_body", "neither a body nor a content type was sent")
+    if media_type not in ("application/json", "multipart/form-data") and not media_type.startswith("image/"):
+        raise Failure("unsupported_media_type", f"{media_type[:100] or 'no content type'} is not taken")
+    body = await _read_body(request, settings)
+    if not body:
+        raise Failure("missing_body", "the body is empty")
+    if media_type == "application/json":
+        picture = _from_json(body)
+    elif media_type == "multipart/form-data":
+        picture = await _from_form(request, body)
+    else:
+        picture = Picture(body, {})
+    _require_small(picture.metadata, settings.max_metadata_bytes)
+    return picture
+
+
+async def _read_body(request: Request, settings: Settings) -> bytes:
+    limit = settings.max_body_bytes
+    too_large = Failure("body_too_large", f"the limit is {limit:,} bytes")
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(settings.body_timeout_s):
+            async for chunk in request.stream():
+                if len(body) + len(chunk) > limit:
+                    raise too_large
+                body += chunk
+    except TimeoutError:
+        raise Failure("body_timeout", f"{len(body):,} bytes came within {settings.body_timeout_s:g} s") from None
+    except ClientDisconnect:
+        raise Failure("body_timeout", "the client left before its body was complete") from None
+    return bytes(body)
+
+
+def _from_json(body: bytes) -> Picture:
+    try:
+        request = PredictRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise _json_failure(error) from None
+    try:
+        return Picture(base64.b64decode(request.image, validate=True), request.metadata)
+    except (binascii.Error, ValueError) as error:
+        raise Failure("invalid_base64", f"image: {error}") from None
+
+
+def _json_failure(error: ValidationError) -> Failure:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    if first["type"] == "json_invalid":
+        return Failure("invalid_json", first["msg"])
+    if first["loc"][:1] == ("metadata",):
+        return _metadata_failure(error)
+    place = ".".join(str(part) for part in first["loc"])[:100]
+    return Failure("invalid_request", f"{place or 'body'}: {first['msg']}")
+
+
+def _metadata_failure(error: ValidationError) -> Failure:
+    """Name the key; pydantic itself would list why each type that a value may have does not fit."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    path = [str(part) for part in first["loc"] if part != "metadata"]
+    if not path or path[-1] == "[key]":
+        return Failure("invalid_metadata", f"{'.'.join(['metadata', *path])[:100]}: {first['msg']}")
+    expected = "a string of at most 1,024 characters, a finite number, a boolean or null"
+    return Failure("invalid_metadata", f"metadata.{path[0][:64]}: expected {expected}")
+
+
+class _FormParser(MultiPartParser):
+    spool_max_size = 2**31  # the body is in memory already, and bounded: never spill to disk
+
+
+async def _from_form(request: Request, body: bytes) -> Picture:
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield body
+        yield b""
+
+    try:
+        parser = _FormParser(request.headers, stream(), max_files=2, max_fields=2, max_part_size=len(body))
+        form = await parser.parse()
+    except (MultiPartException, KeyError, ValueError) as error:
+        raise Failure("invalid_multipart", getattr(error, "message", None) or "the form cannot be parsed") from None
+    names = [name for name, _ in form.multi_items()]
+    if unknown := sorted(set(names) - {"image", "metadata"}):
+        raise Failure("invalid_request", f"unknown part: {unknown[0][:100]}")
+    if len(set(names)) != len(names):
+        raise Failure("invalid_request", "a part was sent twice")
+    image, metadata = form.get("image"), form.get("metadata")
+    if not isinstance(image, UploadFile):
+        raise Failure("invalid_request", "the part 'image' is missing, or is no file (it needs a filename)")
+    text = (await metadata.read()) if isinstance(metadata, UploadFile) else metadata
+    return Picture(await image.read(), _parse_metadata(text) if text else {})
+
+
+def _parse_metadata(text: str | bytes) -> Metadata:
+    try:
+        return _METADATA.validate_json(text)
+    except ValidationError as error:
+        raise _metadata_failure(error) from None
+
+
+def _require_small(metadata: Metadata, limit: int) -> None:
+    if metadata and len(json.dumps(metadata, separators=(",", ":"), ensure_ascii=False).encode()) > limit:
+        raise Failure("invalid_metadata", f"metadata: the limit is {limit:,} bytes")

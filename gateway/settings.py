@@ -1,0 +1,59 @@
+"""Every setting of the gateway, read from environment variables that start with GATEWAY_."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+import contract
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=3600)]
+
+
+class Settings(BaseSettings):
+    """Defaults are safe for one machine: loopback only, bounded sizes and times."""
+
+    model_config = SettingsConfigDict(env_prefix="GATEWAY_", frozen=True, use_attribute_docstrings=True)
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Port = 8080
+    """Port to listen on."""
+    triton_url: str = "127.0.0.1:8001"
+    """Triton's gRPC endpoint, host:port."""
+    pipeline: str = Field(default="defect", pattern=rf"^{contract.PIPELINE_NAME.pattern}$")
+    """The pipeline that /v1/predict answers with."""
+    deadline_s: Seconds = 5.0
+    """Time for one prediction, from the end of its body to its answer."""
+    body_timeout_s: Seconds = 10.0
+    """Time to receive a request's body."""
+    max_body_bytes: int = Field(default=20 * 2**20, ge=1024, le=2**30)
+    """Largest request body; base64 makes a picture a third larger."""
+    max_metadata_bytes: int = Field(default=4096, ge=2, le=2**20)
+    """Largest `metadata`, written as compact JSON."""
+    refresh_s: Seconds = 1.0
+    """How often Triton is asked which releases it has."""
+    probe_timeout_s: Seconds = 1.0
+    """Time for one health or inventory question to Triton."""
+    grace_s: Seconds = 30.0
+    """Time for requests in flight when the gateway is stopped."""
+    log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
+    """Least severe log lines that are written."""
+
+    @classmethod
+    def read(cls) -> Self:
+        """Read the environment.
+
+        Raises:
+            SystemExit: a variable is wrong; the message names it, its value and what is expected.
+        """
+        try:
+            return cls()
+        except ValidationError as error:
+            problems = [
+                f"GATEWAY_{'_'.join(map(str, e['loc'])).upper()}={e['input']!r}: {e['msg']}" for e in error.errors()
+            ]
+            raise SystemExit("gateway: " + "; ".join(problems)) from None

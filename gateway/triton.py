@@ -1,0 +1,158 @@
+"""Triton over gRPC: one long-lived channel, and the few questions that the gateway asks.
+
+Talks protobuf directly. A picture travels as one BYTES element: four bytes of length, then the file.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
+
+import contract
+
+_MAX_MESSAGE = 2**31 - 1
+_OPTIONS = [
+    ("grpc.max_send_message_length", _MAX_MESSAGE),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE),
+    # gRPC's own defaults wait up to two minutes before it looks at a restarted server again.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+_NUMBERS = {"FP32": "<f4", "INT64": "<i8"}
+
+
+class TritonError(Exception):
+    """Triton refused or failed; `status` is gRPC's."""
+
+    def __init__(self, status: grpc.StatusCode, detail: str) -> None:
+        super().__init__(f"{status.name}: {detail}")
+        self.status = status
+        self.detail = detail
+
+
+class MalformedAnswer(Exception):
+    """Triton answered, but not with the tensors of a release."""
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """A line of Triton's repository index."""
+
+    name: str
+    ready: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A release's outputs for one picture.
+
+    `times_ns` are the start and end of preprocessing, then of postprocessing, on Triton's monotonic clock.
+    `error` is empty, or `<code>: <detail>` of the preprocessing; the rest is then without meaning.
+    """
+
+    label: str
+    confidence: float
+    scores: tuple[tuple[str, float], ...]
+    digest: str
+    error: str
+    times_ns: tuple[int, int, int, int]
+
+
+class TritonClient:
+    """All calls raise `TritonError` where Triton cannot be reached, refuses, or takes longer than `timeout` seconds."""
+
+    def __init__(self, url: str) -> None:
+        self._channel = grpc.aio.insecure_channel(url, options=_OPTIONS)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    async def close(self) -> None:
+        """Close the channel; calls in flight are cancelled."""
+        await self._channel.close()
+
+    async def infer(self, release: str, picture: bytes, request_id: str, timeout: float) -> Inference:
+        """Run one picture through a release.
+
+        Raises:
+            MalformedAnswer: the outputs are not those of a release.
+        """
+        request = pb.ModelInferRequest(model_name=release, id=request_id)
+        request.inputs.add(name=contract.IMAGE, datatype="BYTES", shape=[1, 1])
+        request.raw_input_contents.append(struct.pack("<I", len(picture)) + picture)
+        return decode(await self._call(self._stub.ModelInfer, request, timeout))
+
+    async def version(self, timeout: float) -> str:
+        """Triton's own version."""
+        return str((await self._call(self._stub.ServerMetadata, pb.ServerMetadataRequest(), timeout)).version)
+
+    async def is_ready(self, model: str, timeout: float) -> bool:
+        """Whether a model would answer now."""
+        response = await self._call(self._stub.ModelReady, pb.ModelReadyRequest(name=model), timeout)
+        return bool(response.ready)
+
+    async def index(self, timeout: float) -> list[ModelState]:
+        """Every model that Triton knows of."""
+        response = await self._call(self._stub.RepositoryIndex, pb.RepositoryIndexRequest(), timeout)
+        return [ModelState(model.name, model.state == "READY", model.reason) for model in response.models]
+
+    async def parameters(self, model: str, timeout: float) -> dict[str, str]:
+        """The `parameters` of a model's configuration."""
+        response = await self._call(self._stub.ModelConfig, pb.ModelConfigRequest(name=model), timeout)
+        return {key: value.string_value for key, value in response.config.parameters.items()}
+
+    async def _call(self, method: Any, request: Any, timeout: float) -> Any:
+        try:
+            return await method(request, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            raise TritonError(error.code(), error.details() or "no details") from None
+
+
+def decode(response: pb.ModelInferResponse) -> Inference:
+    """The outputs of a release for one picture, from the wire.
+
+    Raises:
+        MalformedAnswer: an output is missing, or has another type or length than a release's.
+    """
+    try:
+        raw = dict(zip((output.name for output in response.outputs), response.raw_output_contents, strict=True))
+        types = {output.name: output.datatype for output in response.outputs}
+        times = _numbers(raw, types, contract.TIMES)
+        (label,), (digest,), (error,) = (
+            _texts(raw[name]) for name in (contract.LABEL, contract.DIGEST, contract.ERROR)
+        )
+        (confidence,) = _numbers(raw, types, contract.CONFIDENCE)
+        scores = zip(_texts(raw[contract.LABELS]), _numbers(raw, types, contract.SCORES), strict=True)
+        started, prepared, decided, ended = (int(time) for time in times)
+        return Inference(
+            label=label,
+            confidence=float(confidence),
+            scores=tuple((name, float(score)) for name, score in scores),
+            digest=digest,
+            error=error,
+            times_ns=(started, prepared, decided, ended),
+        )
+    except (KeyError, ValueError, struct.error) as error:
+        raise MalformedAnswer(f"{type(error).__name__}: {error}") from None
+
+
+def _numbers(raw: dict[str, bytes], types: dict[str, str], name: str) -> Sequence[float]:
+    return list(np.frombuffer(raw[name], _NUMBERS[types[name]]).tolist())
+
+
+def _texts(raw: bytes) -> list[str]:
+    texts, position = [], 0
+    while position < len(raw):
+        (length,) = struct.unpack_from("<I", raw, position)
+        position += 4 + length
+        if position > len(raw):
+            raise ValueError("a BYTES element is longer than its tensor")
+        texts.append(raw[position - length : position].decode())
+    return texts
