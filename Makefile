@@ -21,7 +21,7 @@ $(VENV)/.installed: requirements/dev.lock
 serve: setup ## Run Triton and the gateway; Ctrl-C stops both
 	@$(RUN) -m triton_runtime.stack
 
-test: setup export ## Run all tests
+test: setup export perf-tools ## Run all tests
 	$(RUN) -m pytest
 
 lint: setup ## Check style and types (ruff, mypy)
@@ -36,7 +36,7 @@ train: $(VENV)-train/.installed ## Train on DATA=folder, write export/checkpoint
 	$(VENV)-train/bin/python -m export.train $(DATA)
 $(VENV)-train/.installed: requirements/train.lock
 	$(PYTHON) -m venv $(VENV)-train
-	$(VENV)-train/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/train.lock
+	$(VENV)-train/bin/pip install --quiet --disable-pip-version-check -r requirements/train.lock
 	@touch $@
 
 perf-tools: $(VENV)-perf/.installed ## Install perf_analyzer

@@ -6,11 +6,11 @@ does not exist or has the wrong type fails here, not on a server.
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import tomllib
 from google.protobuf import text_format
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tritonclient.grpc import model_config_pb2 as pb

@@ -94,13 +94,19 @@ class Repository:
         """The code of a Python step to start from: that of the newest release, of this pipeline or else of `defect`.
 
         Raises:
-            RepositoryError: there is none.
+            RepositoryError: there is none, or it was edited after its release.
         """
         for name in dict.fromkeys((pipeline, "defect")):
             releases = self.releases(name)
-            versions = [releases[-1].steps[step].version] if releases else self.versions(name, step)[-1:]
-            found = Step.read(self.step_folder(name, step, versions[0])) if versions else None
-            if found:
+            if releases:
+                pin = releases[-1].steps[step]
+                found = Step.read(self.step_folder(name, step, pin.version))
+                if found:
+                    self._require_unchanged(self.step_folder(name, step, pin.version), found, pin)
+                    return found
+            elif (versions := self.versions(name, step)) and (
+                found := Step.read(self.step_folder(name, step, versions[-1]))
+            ):
                 return found
         raise RepositoryError(f"{self.root} has no defect_{step} to take the code of the step from")
 
@@ -171,12 +177,16 @@ class Repository:
                 folder.rmdir()
             staging.write_folder(folder, candidate.steps[step].files)
             return [folder]
+        self._require_unchanged(folder, found, pin)
+        return []
+
+    @staticmethod
+    def _require_unchanged(folder: Path, found: Step, pin: StepPin) -> None:
         if found.digest != pin.digest:
             raise RepositoryError(
                 f"{folder} is not what its release recorded ({found.digest[:12]} instead of {pin.digest[:12]}): "
                 f"published versions are never edited; restore it, or move the new content to a new number"
             )
-        return []
 
     def _require_same_signature(self, candidate: Candidate, serving: config.Serving, releases: list[Manifest]) -> None:
         for release in releases:

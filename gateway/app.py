@@ -53,6 +53,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPIOffline(
         docs_url="/docs",
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would repeat whatever Host the client sent
         title="Parcel defect service",
         version=CONTRACT,
         description=_DESCRIPTION,

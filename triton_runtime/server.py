@@ -61,6 +61,16 @@ class Endpoint:
             ports[name] = int(value)
         return cls(os.environ.get("TRITON_ADDRESS", cls.address), **ports)
 
+    def to_environment(self) -> dict[str, str]:
+        """The variables that `from_environment` reads."""
+        ports = {variable: str(getattr(self, name)) for name, variable in self.VARIABLES.items()}
+        return {"TRITON_ADDRESS": self.address, **ports}
+
+    @property
+    def grpc_url(self) -> str:
+        """host:port of Triton's gRPC API."""
+        return f"{self.address}:{self.grpc}"
+
     def url(self, path: str) -> str:
         """A URL of Triton's HTTP API."""
         host = f"[{self.address}]" if ":" in self.address else self.address
@@ -107,7 +117,7 @@ class TritonServer:
         self._folder = tempfile.TemporaryDirectory(prefix="triton-runtime-")
         environment = installation.lay_out(Path(self._folder.name))
         self.process = subprocess.Popen(
-            self._command(installation.server, Path(self._folder.name, "backends")),
+            self.command(installation.server, Path(self._folder.name, "backends")),
             env=environment,
             cwd=self._folder.name,
             stdin=subprocess.DEVNULL,
@@ -119,7 +129,8 @@ class TritonServer:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _command(self, server: Path, backends: Path) -> list[str]:
+    def command(self, server: Path, backends: Path) -> list[str]:
+        """The server's command line."""
         endpoint = self.endpoint
         return [
             str(server),
@@ -184,8 +195,7 @@ class TritonServer:
                 index = json.load(response)
         except (urllib.error.URLError, OSError, ValueError):
             return ""
-        states = [model.get("state", "LOADING") for model in index]
-        if settled and ("LOADING" in states or "UNAVAILABLE" not in states):
+        if settled and any(model.get("state") == "LOADING" for model in index):
             return ""
         reasons = [
             f"{model['name']}: {' '.join(model.get('reason', 'no reason given').split())}"

@@ -29,7 +29,7 @@ class Gateway:
 
     def __init__(self, triton: Endpoint, address: str, port: int) -> None:
         self.url = f"http://{address}:{port}"
-        environment = {**os.environ, "GATEWAY_TRITON_URL": f"{triton.address}:{triton.grpc}"}
+        environment = {**os.environ, "GATEWAY_TRITON_URL": triton.grpc_url}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gateway"],
             env=environment,

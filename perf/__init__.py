@@ -1,0 +1,1 @@
+"""Latency under load, measured with the real perf_analyzer. CLI: `python -m perf`."""

@@ -1,0 +1,154 @@
+"""No engine runs here: the container files are held against the Compose schema, and against the code."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from compose_viz.spec.compose_spec import ComposeSpecification
+
+from export.steps import REPOSITORY
+from gateway.settings import Settings
+from tests.conftest import ROOT
+from triton_runtime.installation import SERVER_VERSION
+from triton_runtime.server import Endpoint, TritonServer
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with Compose's own tag for taking something out of the file below."""
+
+
+_Loader.add_constructor("!reset", lambda loader, node: None)
+
+
+def compose(name: str = "docker-compose.yml") -> dict[str, Any]:
+    return dict(yaml.load((ROOT / name).read_text(), _Loader))
+
+
+SERVICES = compose()["services"]
+
+
+def dockerfile(service: str) -> str:
+    return (ROOT / SERVICES[service]["build"]["dockerfile"]).read_text()
+
+
+@pytest.mark.parametrize("name", ["docker-compose.yml", "docker-compose.cpu.yml"])
+def test_the_files_follow_the_compose_schema(name: str) -> None:
+    ComposeSpecification.model_validate(compose(name))
+
+
+def test_the_override_only_takes_the_gpu_away() -> None:
+    devices = SERVICES["triton"]["deploy"]["resources"]["reservations"]["devices"]
+    assert devices == [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]
+    assert list(SERVICES["triton"]["deploy"]) == ["resources"], "the override resets all of deploy"
+    assert compose("docker-compose.cpu.yml") == {"services": {"triton": {"deploy": None}}}
+    assert "deploy: !reset" in (ROOT / "docker-compose.cpu.yml").read_text()
+
+
+def test_containers_and_the_embedded_server_run_the_same_release() -> None:
+    tag = f"tritonserver:{SERVER_VERSION}-py3"
+    assert tag in dockerfile("triton")
+    assert tag in SERVICES["triton"]["build"]["args"]["TRITON_IMAGE"]
+    wheel = next(line for line in (ROOT / "requirements/dev.lock").read_text().splitlines() if "pytriton" in line)
+    assert wheel.startswith("nvidia-pytriton==0.7.0"), "another wheel may carry another server: adapt SERVER_VERSION"
+
+
+def test_triton_gets_the_embedded_servers_flags(tmp_path: Path) -> None:
+    server = TritonServer(tmp_path, Endpoint())
+    ours = set(server.command(Path("tritonserver"), tmp_path)[1:])
+    ours -= {flag for flag in ours if "address=" in flag or flag.startswith(("--backend-", "--model-repository="))}
+    theirs = {flag for flag in SERVICES["triton"]["command"][1:] if not flag.startswith("--model-repository=")}
+    assert theirs == ours
+
+
+def test_ports_agree_with_the_code() -> None:
+    triton = Endpoint()
+    assert SERVICES["triton"]["expose"] == [str(port) for port in (triton.http, triton.grpc, triton.metrics)]
+    assert "ports" not in SERVICES["triton"], "Triton's ports stay inside"
+    environment = SERVICES["gateway"]["environment"]
+    assert environment["GATEWAY_TRITON_URL"] == f"triton:{triton.grpc}"
+    assert environment["GATEWAY_PORT"] == str(Settings.model_fields["port"].default)
+    (published,) = SERVICES["gateway"]["ports"]
+    assert published.startswith("${GATEWAY_ADDRESS:-127.0.0.1}:")
+    assert published.endswith(f":{environment['GATEWAY_PORT']}")
+
+
+def test_every_setting_named_exists() -> None:
+    known = {f"GATEWAY_{name.upper()}" for name in Settings.model_fields}
+    assert set(SERVICES["gateway"]["environment"]) <= known
+
+
+def test_stopping_waits_for_requests_in_flight() -> None:
+    def seconds(text: str) -> int:
+        return int(text.removesuffix("s"))
+
+    grace = int(SERVICES["gateway"]["environment"]["GATEWAY_GRACE_S"])
+    assert seconds(SERVICES["gateway"]["stop_grace_period"]) > grace
+    flag = next(f for f in SERVICES["triton"]["command"] if f.startswith("--exit-timeout-secs="))
+    assert seconds(SERVICES["triton"]["stop_grace_period"]) > int(flag.partition("=")[2])
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_services_hold_no_privileges(service: str) -> None:
+    assert SERVICES[service]["cap_drop"] == ["ALL"]
+    assert "no-new-privileges:true" in SERVICES[service]["security_opt"]
+    assert re.search(r"^USER (?!root)\S+$", dockerfile(service), re.MULTILINE)
+    if service != "triton":
+        assert SERVICES[service]["read_only"] is True
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_base_images_are_build_arguments_with_the_same_defaults(service: str) -> None:
+    (name, value), *more = SERVICES[service]["build"]["args"].items()
+    assert not more
+    default = re.fullmatch(rf"\${{{name}:-(.+)}}", value)
+    assert default
+    assert f"ARG {name}={default[1]}\nFROM ${{{name}}}\n" in dockerfile(service)
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_what_is_copied_exists_and_is_let_through(service: str) -> None:
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for source in re.findall(r"^COPY (\S+) ", dockerfile(service), re.MULTILINE):
+        assert (ROOT / source).exists(), source
+        assert source.split("/")[0] in allowed, source
+
+
+def test_the_steps_have_what_they_need_in_nvidias_image() -> None:
+    imports = set()
+    for path in REPOSITORY.glob("*/*/*.py"):
+        imports |= set(re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE))
+        imports -= {sibling.stem for sibling in path.parent.glob("*.py")}
+    locked = set(re.findall(r"^(\S+)==", (ROOT / "requirements/steps.lock").read_text(), re.MULTILINE))
+    standard = {"__future__", "dataclasses", "io", "json", "pathlib", "time", "triton_python_backend_utils"}
+    assert imports - standard == {"numpy", "PIL"}
+    assert locked == {"numpy", "pillow"}
+
+
+def test_environments_agree_on_what_decides_the_numbers() -> None:
+    def versions(lock: str) -> dict[str, str]:
+        return dict(re.findall(r"^(\S+)==(\S+)", (ROOT / "requirements" / lock).read_text(), re.MULTILINE))
+
+    for package in ("numpy", "pillow", "onnxruntime", "onnx", "pydantic", "grpcio", "tritonclient"):
+        found = {lock: versions(f"{lock}.lock").get(package) for lock in ("dev", "gateway", "steps", "export", "train")}
+        assert len({version for version in found.values() if version}) == 1, (package, found)
+
+
+def test_no_lock_file_names_a_host() -> None:
+    for path in (ROOT / "requirements").glob("*.lock"):
+        assert "://" not in path.read_text(), path
+
+
+def test_triton_and_its_repository_share_one_volume() -> None:
+    assert "models:/models" in SERVICES["export"]["volumes"]
+    assert "models:/models:ro" in SERVICES["triton"]["volumes"]
+    assert "--model-repository=/models/model_repository" in SERVICES["triton"]["command"]
+    assert "--repository /models/model_repository" in dockerfile("export")
+    assert SERVICES["triton"]["depends_on"]["export"]["condition"] == "service_completed_successfully"
+    serving = tomllib.loads((ROOT / "export/serving.toml").read_text())
+    assert f"engines:{serving['classifier']['engine_cache']}" in SERVICES["triton"]["volumes"]
+    assert SERVICES["triton"]["shm_size"] == "1gb"

@@ -1,0 +1,84 @@
+"""`make serve` as a newcomer runs it: ready, answers, and Ctrl-C leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+
+from tests.conftest import ROOT, free_endpoint, free_port
+from tests.test_triton_runtime import leftovers
+
+
+def test_serve_gets_ready_from_a_clone_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    repository = Path(shutil.copytree(ROOT / "model_repository", tmp_path / "model_repository"))
+    for built in repository.glob("*/*/model.onnx"):
+        shutil.rmtree(built.parent)  # as in a clone: git keeps no built model
+    before, files = leftovers(), {p for p in repository.rglob("*") if p.is_file()}
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "triton_runtime.stack", "--repository", str(repository)],
+        cwd=ROOT,
+        env={**os.environ, **free_endpoint().to_environment(), "GATEWAY_PORT": str(port)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    printed = []
+    for line in process.stdout:
+        printed.append(line.strip())
+        if line.startswith("try: "):
+            break
+    assert f"ready: http://127.0.0.1:{port}" in printed
+    assert any("parcel-damaged.jpg is " in line for line in printed)
+    curl = shlex.split(printed[-1].removeprefix("try: "))
+    answer = subprocess.run([*curl, "--silent"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert '"model_version":"defect-v1"' in answer
+    process.send_signal(signal.SIGINT)
+    assert process.wait(90) == 0
+    assert leftovers() == before
+    added = {p.name for p in repository.rglob("*") if p.is_file()} - {p.name for p in files}
+    assert added == {"model.onnx"}
+    try:
+        httpx.get(f"http://127.0.0.1:{port}/health/live")
+    except httpx.ConnectError:
+        pass
+    else:
+        raise AssertionError("the gateway still answers")
+
+
+def test_serve_names_a_port_that_is_taken(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        run = subprocess.run(
+            [sys.executable, "-m", "triton_runtime.stack"],
+            cwd=ROOT,
+            env={**os.environ, "GATEWAY_PORT": str(taken.getsockname()[1])},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert run.returncode == 1
+    assert "GATEWAY_PORT" in run.stderr
+    assert len(run.stderr.splitlines()) == 1
+
+
+def test_make_alone_lists_the_targets() -> None:
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("serve", "test", "lint", "export", "train", "perf", "perf-tools"):
+        assert f"make {target} " in listed
+
+
+def test_torch_is_not_needed() -> None:
+    run = subprocess.run([sys.executable, "-m", "export.train", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "make train" in run.stderr

@@ -1,0 +1,271 @@
+"""The embedded server: what it needs is checked, what it serves is right, and nothing of it stays behind."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
+
+from export import config
+from tests.conftest import EXAMPLES, ROOT, free_endpoint
+from tests.offline import Offline
+from tests.test_preprocessing import png_header
+from triton_runtime import installation
+from triton_runtime.installation import Installation, Missing
+from triton_runtime.server import Endpoint, TritonFailed, TritonServer
+
+
+def infer(endpoint: Endpoint, model: str, pictures: Sequence[bytes]) -> dict[str, np.ndarray]:
+    """All outputs of a model that takes pictures, by name."""
+    request = pb.ModelInferRequest(model_name=model)
+    request.inputs.add(name="IMAGE", datatype="BYTES", shape=[len(pictures), 1])
+    request.raw_input_contents.append(b"".join(len(p).to_bytes(4, "little") + p for p in pictures))
+    with grpc.insecure_channel(endpoint.grpc_url, options=[("grpc.max_receive_message_length", -1)]) as channel:
+        response = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=60)
+    outputs = {}
+    for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
+        if output.datatype == "BYTES":
+            texts = []
+            while raw:
+                length = int.from_bytes(raw[:4], "little")
+                texts.append(raw[4 : 4 + length])
+                raw = raw[4 + length :]
+            outputs[output.name] = np.array(texts, object).reshape(output.shape)
+        else:
+            kind = {"FP32": "<f4", "INT64": "<i8", "UINT8": "u1"}[output.datatype]
+            outputs[output.name] = np.frombuffer(raw, kind).reshape(output.shape)
+    return outputs
+
+
+# ---- what is served ----
+
+
+def test_the_served_tensor_is_bit_for_bit_the_trained_one(
+    triton: Endpoint, offline: Offline, photographs: list[Path]
+) -> None:
+    for start in range(0, len(photographs), 8):
+        pictures = [path.read_bytes() for path in photographs[start : start + 8]]
+        served = infer(triton, "defect_preprocess", pictures)
+        assert (served["PIXELS"] == np.stack([offline.pixels(data) for data in pictures])).all()
+        assert not served["ERROR"].any()
+
+
+def test_one_bad_picture_costs_the_others_of_its_call_nothing(
+    triton: Endpoint, release: str, offline: Offline, jpeg: bytes
+) -> None:
+    answers = infer(triton, release, [jpeg, b"junk", jpeg, png_header(10_000, 10_000), b""])
+    codes = [error.partition(b": ")[0].decode() for error in answers["ERROR"][:, 0]]
+    assert codes == ["", "image_unsupported", "", "image_too_large", "image_empty"]
+    label, scores = offline.answer(jpeg)
+    for row in (0, 2):
+        assert answers["LABEL"][row, 0].decode() == label
+        assert answers["CONFIDENCE"][row, 0] == pytest.approx(scores[label], abs=1e-5)
+    for row in (1, 3, 4):
+        assert answers["LABEL"][row, 0] == b""
+        assert np.isnan(answers["CONFIDENCE"][row, 0])
+        assert np.isnan(answers["SCORES"][row]).all()
+
+
+def test_the_digest_proves_which_classifier_ran(triton: Endpoint, release: str, offline: Offline, jpeg: bytes) -> None:
+    answers = infer(triton, release, [jpeg] * 3)
+    assert set(answers["DIGEST"][:, 0]) == {offline.manifest.steps["classifier"].digest.encode()}
+
+
+def test_times_of_the_steps_are_in_order(triton: Endpoint, release: str, jpeg: bytes) -> None:
+    times = infer(triton, release, [jpeg] * 2)["TIMES"]
+    assert times.shape == (2, 4)
+    assert (np.diff(times) > 0).all()
+
+
+def test_the_configuration_is_what_the_design_asks_for(pristine: Path, release: str) -> None:
+    def read(model: str) -> config.pb.ModelConfig:
+        return config.parse((pristine / model / "config.pbtxt").read_text())
+
+    group = config.pb.ModelInstanceGroup
+    for step, kind in (
+        ("preprocess", group.KIND_CPU),
+        ("classifier", group.KIND_AUTO),
+        ("postprocess", group.KIND_CPU),
+    ):
+        model = read(f"defect_{step}")
+        assert model.HasField("dynamic_batching")
+        assert [g.kind for g in model.instance_group] == [kind]
+        assert list(model.version_policy.specific.versions) == [1]
+    assert {w.batch_size for w in read("defect_classifier").model_warmup} == {
+        1,
+        read("defect_classifier").max_batch_size,
+    }
+    pinned = {step.model_name: step.model_version for step in read(release).ensemble_scheduling.step}
+    assert pinned == {"defect_preprocess": 1, "defect_classifier": 1, "defect_postprocess": 1}
+
+
+def test_tensorrt_is_an_option() -> None:
+    serving = config.Serving.model_validate({"classifier": {"accelerator": "tensorrt", "precision": "fp16"}})
+    rendered = config.classifier("defect", [1], 224, 2, serving)
+    (accelerator,) = rendered.optimization.execution_accelerators.gpu_execution_accelerator
+    assert accelerator.name == "tensorrt"
+    assert accelerator.parameters["precision_mode"] == "FP16"
+    assert accelerator.parameters["trt_engine_cache_enable"] == "true"
+    assert accelerator.parameters["trt_engine_cache_path"] == "/var/cache/tensorrt/defect"
+    assert config.parse(config.render(rendered).decode()) == rendered
+
+
+# ---- what it needs ----
+
+
+def test_each_thing_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def reason() -> str:
+        with pytest.raises(Missing) as caught:
+            Installation.find()
+        monkeypatch.undo()
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert "aarch64" in reason()
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.31"))
+    assert "glibc 2.35 or newer" in reason()
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert "another libc" in reason()
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert "make setup" in reason()
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda _: None)
+    monkeypatch.setattr("ctypes.util.find_library", lambda _: None)
+    assert "shared libpython3.11" in reason()
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "2.4.0")
+    assert "numpy<2" in reason()
+    with pytest.raises(Missing, match="is not writable"):
+        installation.check_shared_memory(tmp_path / "nowhere")
+
+
+def test_a_port_in_use_is_named_with_the_variable_that_sets_it(pristine: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        endpoint = Endpoint(http=taken.getsockname()[1], grpc=1, metrics=1)
+        with pytest.raises(Missing, match="TRITON_HTTP_PORT"):
+            TritonServer(pristine, endpoint).__enter__()
+
+
+def test_a_repository_without_a_release_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Missing, match="make export"):
+        TritonServer(tmp_path, free_endpoint()).__enter__()
+
+
+@pytest.mark.parametrize("value", ["", "http", "0", "70000", "-1"])
+def test_a_port_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("TRITON_GRPC_PORT", value)
+    with pytest.raises(Missing, match="TRITON_GRPC_PORT"):
+        Endpoint.from_environment()
+
+
+def test_a_model_that_cannot_load_is_named_with_its_reason(repository: Path) -> None:
+    (repository / "defect_classifier" / "1" / "model.onnx").write_bytes(b"no model")
+    with TritonServer(repository, free_endpoint()) as server, pytest.raises(TritonFailed) as caught:
+        server.wait_until_ready(60)
+    assert "defect_classifier" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# ---- how it ends ----
+
+
+def leftovers() -> set[str]:
+    """Shared memory and temporary folders of embedded servers."""
+    folders = (Path("/dev/shm"), Path(os.environ.get("TMPDIR", "/tmp")))
+    return {str(p) for folder in folders for p in folder.glob("triton*")}
+
+
+def listening_on(port: int) -> list[str]:
+    """Addresses, as the kernel writes them, on which something listens on a port."""
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            address, _, number = line.split()[1].partition(":")
+            if line.split()[3] == "0A" and int(number, 16) == port:
+                found.append(address)
+    return found
+
+
+def processes(group: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_cleanly_and_nothing_is_left(pristine: Path, number: int) -> None:
+    before = leftovers()
+    endpoint = free_endpoint()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "triton_runtime", "--repository", str(pristine)],
+        cwd=ROOT,
+        env={**os.environ, **endpoint.to_environment()},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("ready: defect-v1 at 127.0.0.1:")
+    (server,) = (int(p.name) for p in Path("/proc").glob("[0-9]*") if _parent(p) == process.pid)
+    assert len(processes(server)) > 3, "the server and its stubs"
+    for port in (endpoint.http, endpoint.grpc, endpoint.metrics):
+        assert set(listening_on(port)) <= {"0100007F", "0000000000000000FFFF00000100007F"}, "on loopback alone"
+        assert len(listening_on(port)) == 1
+    process.send_signal(number)
+    assert process.wait(60) == 0
+    assert processes(server) == []
+    assert leftovers() == before
+    assert not list(pristine.rglob("__pycache__"))
+
+
+def _parent(folder: Path) -> int:
+    try:
+        return int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return -1
+
+
+def test_a_server_that_dies_is_reported_and_not_restarted(pristine: Path) -> None:
+    before = leftovers()
+    endpoint = free_endpoint()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "triton_runtime", "--repository", str(pristine)],
+        cwd=ROOT,
+        env={**os.environ, **endpoint.to_environment()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    (server,) = (int(p.name) for p in Path("/proc").glob("[0-9]*") if _parent(p) == process.pid)
+    os.kill(server, signal.SIGKILL)
+    assert process.wait(60) == 1
+    assert process.stderr is not None
+    assert "ended by itself with status -9" in process.stderr.read()
+    time.sleep(0.2)
+    assert processes(server) == []
+    assert leftovers() == before
+
+
+def test_examples_are_there() -> None:
+    assert [path.name for path in EXAMPLES] == ["parcel-damaged.jpg", "parcel-intact.jpg"]
