@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,19 +30,23 @@ def test_serve_gets_ready_from_a_clone_and_ctrl_c_leaves_nothing(tmp_path: Path)
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None
-    printed = []
-    for line in process.stdout:
-        printed.append(line.strip())
-        if line.startswith("try: "):
-            break
-    assert f"ready: http://127.0.0.1:{port}" in printed
-    assert any("parcel-damaged.jpg is " in line for line in printed)
-    curl = shlex.split(printed[-1].removeprefix("try: "))
-    answer = subprocess.run([*curl, "--silent"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert '"model_version":"defect-v1"' in answer
-    process.send_signal(signal.SIGINT)
-    assert process.wait(90) == 0
+    try:
+        assert process.stdout is not None
+        printed = []
+        for line in process.stdout:
+            printed.append(line.strip())
+            if line.startswith("try: "):
+                break
+        assert f"ready: http://127.0.0.1:{port}" in printed
+        assert any("parcel-damaged.jpg is " in line for line in printed)
+        curl = shlex.split(printed[-1].removeprefix("try: "))
+        answer = subprocess.run([*curl, "--silent"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert '"model_version":"defect-v1"' in answer
+        process.send_signal(signal.SIGINT)
+        assert process.wait(90) == 0
+    finally:
+        process.terminate()
+        process.communicate()
     assert leftovers() == before
     added = {p.name for p in repository.rglob("*") if p.is_file()} - {p.name for p in files}
     assert added == {"model.onnx"}
@@ -54,8 +59,6 @@ def test_serve_gets_ready_from_a_clone_and_ctrl_c_leaves_nothing(tmp_path: Path)
 
 
 def test_serve_names_a_port_that_is_taken(tmp_path: Path) -> None:
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

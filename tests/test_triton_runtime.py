@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import sysconfig
-import time
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -20,7 +22,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from export import config
-from tests.conftest import EXAMPLES, ROOT, free_endpoint
+from tests.conftest import ROOT, free_endpoint, wait_for
 from tests.offline import Offline
 from tests.test_preprocessing import png_header
 from triton_runtime import installation
@@ -185,7 +187,7 @@ def test_a_model_that_cannot_load_is_named_with_its_reason(repository: Path) -> 
 
 def leftovers() -> set[str]:
     """Shared memory and temporary folders of embedded servers."""
-    folders = (Path("/dev/shm"), Path(os.environ.get("TMPDIR", "/tmp")))
+    folders = (Path("/dev/shm"), Path(tempfile.gettempdir()))
     return {str(p) for folder in folders for p in folder.glob("triton*")}
 
 
@@ -212,60 +214,66 @@ def processes(group: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_cleanly_and_nothing_is_left(pristine: Path, number: int) -> None:
-    before = leftovers()
-    endpoint = free_endpoint()
+@contextlib.contextmanager
+def embedded(repository: Path, endpoint: Endpoint) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """`python -m triton_runtime` when it is ready, and the process id of its server."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "triton_runtime", "--repository", str(pristine)],
-        cwd=ROOT,
-        env={**os.environ, **endpoint.to_environment()},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("ready: defect-v1 at 127.0.0.1:")
-    (server,) = (int(p.name) for p in Path("/proc").glob("[0-9]*") if _parent(p) == process.pid)
-    assert len(processes(server)) > 3, "the server and its stubs"
-    for port in (endpoint.http, endpoint.grpc, endpoint.metrics):
-        assert set(listening_on(port)) <= {"0100007F", "0000000000000000FFFF00000100007F"}, "on loopback alone"
-        assert len(listening_on(port)) == 1
-    process.send_signal(number)
-    assert process.wait(60) == 0
-    assert processes(server) == []
-    assert leftovers() == before
-    assert not list(pristine.rglob("__pycache__"))
-
-
-def _parent(folder: Path) -> int:
-    try:
-        return int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return -1
-
-
-def test_a_server_that_dies_is_reported_and_not_restarted(pristine: Path) -> None:
-    before = leftovers()
-    endpoint = free_endpoint()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "triton_runtime", "--repository", str(pristine)],
+        [sys.executable, "-m", "triton_runtime", "--repository", str(repository)],
         cwd=ROOT,
         env={**os.environ, **endpoint.to_environment()},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None
-    process.stdout.readline()
-    (server,) = (int(p.name) for p in Path("/proc").glob("[0-9]*") if _parent(p) == process.pid)
-    os.kill(server, signal.SIGKILL)
-    assert process.wait(60) == 1
-    assert process.stderr is not None
-    assert "ended by itself with status -9" in process.stderr.read()
-    time.sleep(0.2)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("ready: defect-v1 at 127.0.0.1:")
+        (server,) = (int(p.name) for p in Path("/proc").glob("[0-9]*") if parent(p) == process.pid)
+        yield process, server
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def parent(folder: Path) -> int:
+    try:
+        return int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return -1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_cleanly_and_nothing_is_left(pristine: Path, number: int) -> None:
+    before = leftovers()
+    endpoint = free_endpoint()
+    with embedded(pristine, endpoint) as (process, server):
+        assert len(processes(server)) > 3, "the server and its stubs"
+        for port in (endpoint.http, endpoint.grpc, endpoint.metrics):
+            assert set(listening_on(port)) <= {"0100007F", "0000000000000000FFFF00000100007F"}, "on loopback alone"
+            assert len(listening_on(port)) == 1
+        process.send_signal(number)
+        assert process.wait(60) == 0
+    assert processes(server) == []
+    assert leftovers() == before
+    assert not list(pristine.rglob("__pycache__"))
+
+
+def test_a_server_that_dies_is_reported_and_not_restarted(pristine: Path) -> None:
+    before = leftovers()
+    with embedded(pristine, free_endpoint()) as (process, server):
+        os.kill(server, signal.SIGKILL)
+        assert process.wait(60) == 1
+        assert process.stderr is not None
+        assert "ended by itself with status -9" in process.stderr.read()
     assert processes(server) == []
     assert leftovers() == before
 
 
-def test_examples_are_there() -> None:
-    assert [path.name for path in EXAMPLES] == ["parcel-damaged.jpg", "parcel-intact.jpg"]
+def test_a_server_whose_parent_is_killed_ends_too(pristine: Path) -> None:
+    with embedded(pristine, free_endpoint()) as (process, server):
+        process.kill()
+        process.wait()
+        wait_for(lambda: processes(server) == [], 60)
+    for folder in leftovers():  # nobody was left to remove it
+        if folder.startswith(tempfile.gettempdir()):
+            shutil.rmtree(folder)

@@ -212,9 +212,12 @@ class TritonServer:
             self.process.wait(self.grace_seconds + 10)
         except subprocess.TimeoutExpired:
             print("triton: did not stop in time, killed", file=sys.stderr)
+        deadline = time.monotonic() + 5
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # it leads its group: stubs that outlived it
-        self.process.wait()
+            while time.monotonic() < deadline:
+                os.killpg(self.process.pid, signal.SIGKILL)  # it leads its group: stubs that outlived it
+                self.process.poll()
+                time.sleep(0.02)
         for segment in SHARED_MEMORY_FOLDER.glob(f"{self._prefix}*"):
             segment.unlink(missing_ok=True)
         self._folder.cleanup()
