@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 DATA ?= ../shared/data/parcels
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint export train perf perf-tools lock clean
+.PHONY: help setup serve test lint export openapi train perf perf-tools lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ lint: setup ## Check style and types (ruff, mypy)
 
 export: setup ## Build what is missing of the newest release
 	@$(RUN) -m export --if-missing
+
+openapi: setup ## Write gateway/openapi.json after a change of the contract
+	$(RUN) -m gateway --openapi > gateway/openapi.json
 
 train: $(VENV)-train/.installed ## Train on DATA=folder, write export/checkpoints/defect
 	$(VENV)-train/bin/python -m export.train $(DATA)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import signal
 import sys
@@ -30,8 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parse.add_argument("--version", action="version", version=__version__)
-    parse.parse_args(arguments)
+    parse.add_argument("--openapi", action="store_true", help="print the OpenAPI document and end")
+    options = parse.parse_args(arguments)
     settings = Settings.read()
+    if options.openapi:
+        print(json.dumps(create_app(settings).openapi(), indent=2, ensure_ascii=False))
+        return 0
     logs.configure(settings.log_level)
     config = uvicorn.Config(
         create_app(settings),
