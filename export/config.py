@@ -6,17 +6,16 @@ does not exist or has the wrong type fails here, not on a server.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from google.protobuf import text_format
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from tritonclient.grpc import model_config_pb2 as pb
 
 import contract
 from export import graph
+from export.tables import Table
 
 Tensors = Mapping[str, tuple[int, list[int]]]
 """Tensor name -> (Triton data type, shape without the batch axis)."""
@@ -25,17 +24,13 @@ _HEADER = "# Written by `python -m export`. Change export/serving.toml and expor
 _FROZEN_HEADER = "# A published release: written once by `python -m export`, never edited.\n"
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PythonStep(_Table):
+class PythonStep(Table):
     """How a Python step runs."""
 
     instances: int = Field(default=1, ge=1, le=64)
 
 
-class ClassifierStep(_Table):
+class ClassifierStep(Table):
     """How the ONNX model runs."""
 
     instances: int = Field(default=1, ge=1, le=64)
@@ -45,7 +40,7 @@ class ClassifierStep(_Table):
     engine_cache: str = "/var/cache/tensorrt"
 
 
-class Serving(_Table):
+class Serving(Table):
     """Serving settings of a pipeline's steps: `export/serving.toml`."""
 
     max_batch_size: int = Field(default=8, ge=1, le=256)
@@ -53,21 +48,6 @@ class Serving(_Table):
     preprocess: PythonStep = PythonStep()
     classifier: ClassifierStep = ClassifierStep()
     postprocess: PythonStep = PythonStep()
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read a TOML file.
-
-        Raises:
-            ValueError: it is not TOML, or a key is unknown or out of range; the message names each.
-        """
-        try:
-            return cls.model_validate(tomllib.loads(path.read_text()))
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not TOML: {error}") from None
-        except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise ValueError(f"{path}: {problems}") from None
 
 
 def render(config: pb.ModelConfig) -> bytes:

@@ -78,11 +78,14 @@ class Repository:
         """Whether a release is published, and every version that the newest one pins is on disk."""
         releases = self.releases(pipeline)
         return bool(releases) and all(
-            (
-                self.step_folder(pipeline, step, pin.version) / ("model.onnx" if step == "classifier" else "model.py")
-            ).exists()
-            for step, pin in releases[-1].steps.items()
+            pin.version in self._complete_versions(pipeline, step) for step, pin in releases[-1].steps.items()
         )
+
+    def _complete_versions(self, pipeline: str, step: str) -> set[int]:
+        """The numbered folders of a step that hold what Triton loads first."""
+        file = "model.onnx" if step == "classifier" else "model.py"
+        versions = self.versions(pipeline, step)
+        return {version for version in versions if (self.step_folder(pipeline, step, version) / file).is_file()}
 
     def versions(self, pipeline: str, step: str) -> list[int]:
         """The numbered folders of a step, whether or not a release pins them."""
@@ -213,7 +216,12 @@ class Repository:
 
     def _step_configs(self, candidate: Candidate, serving: config.Serving, live: list[Manifest]) -> dict[str, bytes]:
         pipeline, labels = candidate.pipeline, len(candidate.labels)
-        pinned = {step: {release.steps[step].version for release in live} for step in contract.STEPS}
+        # A pinned version that is not on disk (a clone has no old model.onnx) would fail the whole model at a cold
+        # start, and every release with it; left out, it fails the release that pins it alone.
+        pinned = {
+            step: {release.steps[step].version for release in live} & self._complete_versions(pipeline, step)
+            for step in contract.STEPS
+        }
         configs = {
             "preprocess": config.preprocess(pipeline, pinned["preprocess"], candidate.size, serving),
             "classifier": config.classifier(pipeline, pinned["classifier"], candidate.size, labels, serving),

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import tomllib
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 import contract
-
-
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+from export.tables import Table
 
 PerChannel = float | Annotated[tuple[float, float, float], Field(description="red, green, blue")]
 
 
-class Input(_Table):
+class Input(Table):
     """How the network wants its pictures: `(pixel * scale - mean) / std`, pixels being 0 to 255."""
 
     name: str | None = None
@@ -35,7 +29,7 @@ class Input(_Table):
         return self
 
 
-class Output(_Table):
+class Output(Table):
     """What the network returns, and the temperature that calibrates it."""
 
     name: str | None = None
@@ -43,14 +37,14 @@ class Output(_Table):
     temperature: float = Field(default=1.0, gt=0)
 
 
-class Spec(_Table):
+class Spec(Table):
     """A pipeline of the user's own. `thresholds`, by label, default to equal ones."""
 
     name: str = Field(pattern=rf"^{contract.PIPELINE_NAME.pattern}$")
     labels: tuple[str, ...] = Field(min_length=2, max_length=1000)
     input: Input
     output: Output = Output()
-    thresholds: dict[str, Annotated[float, Field(gt=0, lt=1)]] = {}
+    thresholds: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(default={})
 
     @model_validator(mode="after")
     def _labels_are_consistent(self) -> Self:
@@ -59,18 +53,3 @@ class Spec(_Table):
         if self.thresholds and set(self.thresholds) != set(self.labels):
             raise ValueError("thresholds must name every label, and nothing else")
         return self
-
-    @classmethod
-    def read(cls, path: Path) -> Spec:
-        """Read a TOML file.
-
-        Raises:
-            ValueError: it is not TOML, or a key is unknown, missing or wrong; the message names each.
-        """
-        try:
-            return cls.model_validate(tomllib.loads(path.read_text()))
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not TOML: {error}") from None
-        except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'spec'}: {e['msg']}" for e in error.errors())
-            raise ValueError(f"{path}: {problems}") from None

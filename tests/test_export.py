@@ -225,6 +225,18 @@ def test_somebody_elses_numbered_folder_is_left_alone(repository: Path, other: C
     assert Repository(repository).releases("defect")[-1].steps["classifier"].version == 3
 
 
+def test_a_clone_with_an_old_release_serves_the_one_that_can_be_rebuilt(repository: Path, other: Candidate) -> None:
+    """git keeps no model.onnx, and this checkout has the checkpoint of one release only."""
+    Repository(repository).publish(other, SERVING)
+    shutil.rmtree(repository / "defect_classifier/1")
+    shutil.rmtree(repository / "defect_classifier/2")
+    assert not Repository(repository).is_complete("defect")
+    Repository(repository).publish(other, SERVING)
+    policy = config.parse((repository / "defect_classifier/config.pbtxt").read_text()).version_policy
+    assert list(policy.specific.versions) == [2]
+    assert release_names(repository) == ["defect-v1", "defect-v2"]
+
+
 def test_two_exports_at_once_publish_one_release(repository: Path, other: Candidate) -> None:
     with ThreadPoolExecutor(4) as pool:
         outcomes = list(pool.map(lambda _: Repository(repository).publish(other, SERVING), range(4)))
