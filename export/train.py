@@ -2,9 +2,9 @@
 
 The only module that imports torch (`make train` installs it; nothing else needs it). Pictures go through
 the preprocessing module that Triton runs. The labels are noisy and the pictures few, so everything here
-regularises: the early blocks and all batch statistics stay as ImageNet left them; a label is only part of its
-picture's target, the rest is the opinion of a model that was trained without that picture; weights are averaged
-along each run, and then across seeds, which start from one point.
+regularises: the early blocks and all batch statistics stay as ImageNet left them; a label counts for only part
+of its target, the rest is what the model itself has come to believe of that picture (temporal ensembling: Laine
+and Aila, ICLR 2017); weights are averaged along each run, and then across seeds, which start from one point.
 """
 
 from __future__ import annotations
@@ -145,14 +145,8 @@ def batches(n: int, size: int) -> Iterator[torch.Tensor]:
     return (part for part in torch.randperm(n).split(size) if len(part) > 1)
 
 
-def fine_tune(
-    pixels: torch.Tensor, targets: torch.Tensor, valid: Pictures, seed: int, epochs: int, options: argparse.Namespace
-) -> Weights:
-    """One run on `pixels` with target probabilities (n, labels).
-
-    Returns the running average of its weights at the epoch with the best loss on `valid`.
-    """
-    labels = targets.shape[1]
+def fine_tune(train: Pictures, valid: Pictures, labels: int, seed: int, options: argparse.Namespace) -> Weights:
+    """One run. Returns the running average of its weights at the epoch with the best loss on `valid`."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -177,28 +171,33 @@ def fine_tune(
             {"params": groups["norms"], "lr": options.lr, "weight_decay": 0.0},
         ]
     )
-    steps = epochs * (len(targets) // options.batch + 1)
+    steps = options.epochs * (len(train.truth) // options.batch + 1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps + 1, pct_start=0.15
     )
     average = {name: value.detach().clone() for name, value in weights.items()}
+    given = F.one_hot(train.truth, labels).float() * (1 - options.smoothing) + options.smoothing / labels
+    believed = given.clone()
     best_loss, best, best_epoch = float("inf"), copy.deepcopy(average), 0
-    for epoch in range(epochs):
-        progress = tqdm(list(batches(len(targets), options.batch)), desc=f"seed {seed} epoch {epoch + 1}")
+    for epoch in range(options.epochs):
+        progress = tqdm(list(batches(len(train.truth), options.batch)), desc=f"seed {seed} epoch {epoch + 1}")
         for index in progress:
-            x = augment(pixels[index], options.crop, generator)
-            loss = F.cross_entropy(logits_of(x, weights, options.freeze, options.dropout), targets[index])
+            x = augment(train.pixels[index], options.crop, generator)
+            logits = logits_of(x, weights, options.freeze, options.dropout)
+            targets = options.trust * given[index] + (1 - options.trust) * believed[index]
+            loss = F.cross_entropy(logits, targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             with torch.no_grad():
+                believed[index] = believed[index].lerp(logits.softmax(1), 0.3)
                 for name in learned:
                     average[name].lerp_(weights[name], 1 - options.decay)
             progress.set_postfix(loss=f"{loss.item():.3f}")
-        logits, truth = predict(valid.pixels, average), valid.truth.numpy()
-        # Judged after calibration: soft targets leave the raw probabilities too shy.
-        calibrated = evaluation.softmax(logits / evaluation.fit_temperature(logits, truth))
+        valid_logits, truth = predict(valid.pixels, average), valid.truth.numpy()
+        # Judged after calibration: smoothing leaves the raw probabilities too shy.
+        calibrated = evaluation.softmax(valid_logits / evaluation.fit_temperature(valid_logits, truth))
         valid_loss = evaluation.negative_log_likelihood(calibrated, truth)
         accuracy = float(np.mean(calibrated.argmax(axis=1) == truth))
         print(f"seed {seed} epoch {epoch + 1}: valid loss {valid_loss:.4f}, accuracy {accuracy:.4f}", flush=True)
@@ -207,27 +206,6 @@ def fine_tune(
         elif epoch - best_epoch >= options.patience:
             break
     return best
-
-
-def second_opinions(
-    train: Pictures, upright: torch.Tensor, given: torch.Tensor, valid: Pictures, options: argparse.Namespace
-) -> torch.Tensor:
-    """What a model that never saw a picture thinks of it: calibrated probabilities (n, labels).
-
-    The pictures are dealt into folds; each fold is judged by a model that was trained on the others. A label that
-    this model finds unlikely is probably noise (Northcutt et al., "Confident Learning", JAIR 2021).
-    """
-    fold = torch.randperm(len(given), generator=torch.Generator().manual_seed(options.seed)) % options.folds
-    opinions = torch.empty_like(given)
-    for number in range(options.folds):
-        rest, mine = fold != number, fold == number
-        weights = fine_tune(train.pixels[rest], given[rest], valid, options.seed, options.fold_epochs, options)
-        temperature = evaluation.fit_temperature(predict(valid.pixels, weights), valid.truth.numpy())
-        logits = predict(upright[mine], weights)
-        opinions[mine] = torch.from_numpy(evaluation.softmax(logits / temperature)).float()
-        agreement = float((opinions[mine].argmax(1) == train.truth[mine]).float().mean())
-        print(f"fold {number + 1} of {options.folds}: agrees with {agreement:.1%} of the labels", flush=True)
-    return opinions
 
 
 def average_of(runs: list[Weights]) -> Weights:
@@ -249,15 +227,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("data", type=Path, help="folder with train/<label>/ and valid/<label>/")
     parser.add_argument("--out", type=Path, default=Path("export/checkpoints/defect"), help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=10, help="at most this many a run (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3, help="seeds to train and average (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=4, help="seeds to train and average (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-4, help="peak learning rate; the head's is five times this")
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--smoothing", type=float, default=0.05, help="label smoothing (default: %(default)s)")
-    parser.add_argument("--trust", type=float, default=0.4, help="share of the given label (default: %(default)s)")
-    parser.add_argument("--folds", type=int, default=4, help="for the second opinions (default: %(default)s)")
-    parser.add_argument("--fold-epochs", type=int, default=7, help="of each of their models (default: %(default)s)")
+    parser.add_argument("--trust", type=float, default=0.3, help="share of the given label (default: %(default)s)")
     parser.add_argument("--crop", type=float, default=0.6, help="smallest crop, share of area (default: %(default)s)")
     parser.add_argument("--dropout", type=float, default=0.3, help="before the classifier (default: %(default)s)")
     parser.add_argument("--decay", type=float, default=0.98, help="of the running average (default: %(default)s)")
@@ -269,11 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
     train = load_split(options.data / "train", labels, CANVAS)
     valid = load_split(options.data / "valid", labels, net.INPUT_SIZE)
     seeds = range(options.seed, options.seed + options.runs)
-    given = F.one_hot(train.truth, len(labels)) * (1 - options.smoothing) + options.smoothing / len(labels)
-    upright = load_split(options.data / "train", labels, net.INPUT_SIZE).pixels
-    opinions = second_opinions(train, upright, given, valid, options)
-    targets = options.trust * given + (1 - options.trust) * opinions
-    runs = [fine_tune(train.pixels, targets, valid, seed, options.epochs, options) for seed in seeds]
+    runs = [fine_tune(train, valid, len(labels), seed, options) for seed in seeds]
     stored = half_precision(average_of(runs))
 
     # From here on the figures are those of the stored (rounded) weights, the ones that are served.
@@ -307,6 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
         "card.json": lambda path: path.write_text(json.dumps(card, indent=2) + "\n"),
     }.items():
         write(options.out / f".{name}")
+        (options.out / f".{name}").chmod(0o644)  # safetensors writes for its owner alone
         os.replace(options.out / f".{name}", options.out / name)
     print(json.dumps(card["valid"], indent=2))
     print(f"wrote {options.out}; next: make export")

@@ -1,0 +1,67 @@
+"""The documents say what the code does."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gateway.errors import PROBLEMS
+from gateway.schemas import PredictResponse, Timing
+from tests.conftest import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_paths_and_targets_exist(page: Path) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (page.parent / link).exists(), link
+    for target in re.findall(
+        r"\bmake ([a-z-]+)\b(?! me\b| poll\b)", " ".join(re.findall(r"`[^`]+`|^\$? ?make .*", text, re.M))
+    ):
+        assert target in TARGETS, target
+    for path in re.findall(r"`((?:export|gateway|perf|triton_runtime|tests|examples|deploy)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+    assert not re.search(r"\b[A-Z]+_HERE\b", text)
+
+
+def test_the_clients_page_lists_every_code_with_its_status() -> None:
+    text = (ROOT / "docs/clients.md").read_text()
+    documented: dict[str, set[int]] = {}
+    for statuses, codes in re.findall(r"^\| ([\d, ]+) \| (.+?) \|", text, re.MULTILINE):
+        for code in re.findall(r"`(\w+)`", codes):
+            documented[code] = {int(status) for status in statuses.split(", ")}
+    assert set(documented) == set(PROBLEMS)
+    for code, statuses in documented.items():
+        assert PROBLEMS[code].status in statuses, code
+
+
+def test_the_clients_page_shows_the_answer_and_a_problem_as_they_are() -> None:
+    answer, problem = (
+        json.loads(block) for block in re.findall(r"```json\n(.*?)```", (ROOT / "docs/clients.md").read_text(), re.S)
+    )
+    assert list(answer) == list(PredictResponse.model_fields)
+    assert list(answer["timing_ms"]) == list(Timing.model_fields)
+    kind = PROBLEMS[problem["code"]]
+    assert (problem["status"], problem["title"], problem["advice"]) == (kind.status, kind.title, kind.advice)
+
+
+def test_the_operations_page_shows_the_settings_as_help_does() -> None:
+    text = subprocess.run([sys.executable, "-m", "gateway", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    page = (ROOT / "docs/operations.md").read_text()
+    for line in text[text.index("environment:\n") :].splitlines()[1:]:
+        assert line.strip() in page
+
+
+def test_the_models_page_shows_the_figures_of_the_card() -> None:
+    figures = json.loads((ROOT / "export/checkpoints/defect/card.json").read_text())["valid"]
+    page = (ROOT / "docs/models.md").read_text()
+    assert f"| accuracy | {figures['accuracy']:.3f} |" in page
+    assert f"| {figures['expected_calibration_error']:.3f} |" in page
