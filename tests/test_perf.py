@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,17 @@ from tests.conftest import EXAMPLES
 from triton_runtime.server import Endpoint
 
 
-def test_perf_analyzer_measures_the_release(
-    triton: Endpoint, pristine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def perf(triton: Endpoint, pristine: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`python -m perf` against the Triton of the tests."""
     for name, value in triton.to_environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("perf.__main__.unwind_on_signals", lambda: None)
-    arguments = ["--repository", str(pristine), "--concurrency", "1", "4", "--interval-ms", "1000"]
-    assert main(arguments) == 0
+    return lambda *arguments: main(["--repository", str(pristine), *arguments])
+
+
+def test_perf_analyzer_measures_the_release(perf: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert perf("--concurrency", "1", "4", "--interval-ms", "1000") == 0
     printed = capsys.readouterr().out
     assert "defect-v1 over gRPC" in printed
     rows = [line for line in printed.splitlines() if line.startswith("│")]
@@ -29,12 +33,9 @@ def test_perf_analyzer_measures_the_release(
 
 
 def test_an_unknown_release_is_an_error_with_its_reason(
-    triton: Endpoint, pristine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    perf: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in triton.to_environment().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("perf.__main__.unwind_on_signals", lambda: None)
-    assert main(["--repository", str(pristine), "--release", "defect-v99"]) == 1
+    assert perf("--release", "defect-v99") == 1
     assert "perf_analyzer failed at concurrency 1" in capsys.readouterr().err
 
 
@@ -50,6 +51,5 @@ def test_a_missing_binary_says_how_to_get_it(tmp_path: Path) -> None:
         analyzer.measure("defect-v1", "localhost:1", EXAMPLES, [1], binary=tmp_path / "nothing")
 
 
-def test_an_empty_folder_of_pictures_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perf.__main__.unwind_on_signals", lambda: None)
-    assert main(["--pictures", str(tmp_path)]) == 1
+def test_an_empty_folder_of_pictures_is_an_error(perf: Callable[..., int], tmp_path: Path) -> None:
+    assert perf("--pictures", str(tmp_path)) == 1
