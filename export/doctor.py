@@ -1,0 +1,199 @@
+"""`python -m export doctor`: look at a model repository for what would hurt Triton, without running anything.
+
+Each trap here was met on a real server or is documented in Triton's sources; the remedy says what to do. Works on
+any repository; what only releases have (digests, pins) is looked at where there are releases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx.external_data_helper import uses_external_data
+from rich.console import Console
+from tritonclient.grpc import model_config_pb2 as pb
+
+import contract
+from contract import Manifest
+from export import config, graph
+from export.steps import REPOSITORY, Step
+
+_CLOCK_SLACK_S = 60
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A trap: `place` is relative to the repository. An error hurts now or at the next start, a warning may."""
+
+    severity: str
+    place: str
+    problem: str
+    remedy: str
+
+
+def inspect(root: Path) -> list[Finding]:
+    """Every trap in the repository at `root`, errors first.
+
+    Raises:
+        OSError: the repository itself cannot be read.
+    """
+    found: list[Finding] = list(_entries(root))
+    models = {}
+    for folder in sorted(p for p in root.iterdir() if (p / "config.pbtxt").is_file()):
+        try:
+            models[folder.name] = config.parse((folder / "config.pbtxt").read_text())
+        except (ValueError, OSError) as error:
+            found.append(_error(f"{folder.name}/config.pbtxt", str(error).splitlines()[0], "write it again"))
+    for name, model in models.items():
+        found += _folder(root / name)
+        found += _configuration(name, model)
+        if model.HasField("ensemble_scheduling"):
+            found += _ensemble(root, name, model, models)
+        else:
+            found += _versions(root / name, model)
+    return sorted(found, key=lambda finding: (finding.severity != "error", finding.place))
+
+
+def _error(place: str, problem: str, remedy: str) -> Finding:
+    return Finding("error", place, problem, remedy)
+
+
+def _warning(place: str, problem: str, remedy: str) -> Finding:
+    return Finding("warning", place, problem, remedy)
+
+
+def _entries(root: Path) -> Iterator[Finding]:
+    """What lies where: links, dates, rights, byte code."""
+    for folder, names, files in os.walk(root):
+        for path in (Path(folder, name) for name in (*names, *files)):
+            place = str(path.relative_to(root))
+            if path.is_symlink():
+                target = Path(os.path.realpath(path))
+                if not target.is_relative_to(root.resolve()) or not target.exists() or path.is_relative_to(target):
+                    yield _error(place, f"a link that leads to {target}", "copy what it stands for")
+                continue
+            if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+                yield _error(place, "cannot be read", "give Triton's user the right to")
+            elif path.stat().st_mtime > time.time() + _CLOCK_SLACK_S:
+                yield _error(place, "dated in the future: Triton will not see later changes", f"touch {place}")
+            if path.name == "__pycache__":
+                yield _warning(place, "byte code: its appearing makes Triton reload", "remove it; mount read-only")
+    for path in sorted(root.iterdir()):
+        if path.is_dir() and not (path / "config.pbtxt").is_file():
+            yield _error(path.name, "a folder without config.pbtxt: Triton fails on it at every poll", "move it out")
+
+
+def _folder(folder: Path) -> Iterator[Finding]:
+    """What lies beside a model's versions."""
+    for path in sorted(folder.iterdir()):
+        place = f"{folder.name}/{path.name}"
+        if path.is_dir():
+            plain = path.name.isascii() and path.name.isdigit() and path.name[0] != "0"
+            if path.name[0].isdigit() and not plain:
+                yield _error(place, "Triton takes it for a version: it starts with a digit", "stage outside of it")
+        elif path.name != "config.pbtxt":
+            yield _warning(place, "a loose file: each change of it reloads the model's live versions", "move it out")
+
+
+def _configuration(name: str, model: pb.ModelConfig) -> Iterator[Finding]:
+    place = f"{name}/config.pbtxt"
+    if model.name and model.name != name:
+        yield _error(place, f"names the model {model.name}, not {name}", "give both the same name")
+    if model.HasField("ensemble_scheduling") and model.response_cache.enable:
+        yield _error(place, "caches an ensemble: the key does not see its steps change", "cache steps, if at all")
+    if model.dynamic_batching.default_queue_policy.default_timeout_microseconds:
+        yield _warning(place, "a default queue timeout: throughput may degrade slowly", "use the deadline of the call")
+    kinds = {group.kind for group in model.instance_group}
+    if model.backend == "python" and kinds != {pb.ModelInstanceGroup.KIND_CPU}:
+        yield _warning(place, "a Python step that is not KIND_CPU takes GPU memory for nothing", "say KIND_CPU")
+
+
+def _versions(folder: Path, model: pb.ModelConfig) -> Iterator[Finding]:
+    """The versions that Triton may see, and whether it could load them."""
+    place = f"{folder.name}/config.pbtxt"
+    if not model.version_policy.HasField("specific"):
+        yield _error(place, "shows Triton every version that appears, verified or not", "list them: specific")
+        return
+    file = model.default_model_filename or ("model.onnx" if model.backend == "onnxruntime" else "model.py")
+    for version in model.version_policy.specific.versions:
+        path = folder / str(version) / file
+        if not path.is_file():
+            problem = f"lists version {version}, which has no {file}: at a cold start the whole model fails"
+            yield _error(place, problem, "'make export' restores it; else take it off the list")
+        elif path.suffix == ".onnx" and os.access(path, os.R_OK):
+            yield from _graph(path, f"{folder.name}/{version}/{file}")
+
+
+def _graph(path: Path, place: str) -> Iterator[Finding]:
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError:
+        yield _error(place, "is no ONNX file, or only a part of one", "restore it")
+        return
+    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    if opset > graph.MAX_OPSET or model.ir_version > graph.MAX_IR_VERSION:
+        limits = f"opset {graph.MAX_OPSET}, IR {graph.MAX_IR_VERSION}"
+        yield _error(place, f"opset {opset}, IR {model.ir_version}: the server knows {limits}", "export it for those")
+    for tensor in model.graph.initializer:
+        if uses_external_data(tensor):
+            location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+            if not (path.parent / location).is_file():
+                yield _error(place, f"its weights in {location} are missing", "put them into the file itself")
+                return
+
+
+def _ensemble(root: Path, name: str, model: pb.ModelConfig, models: dict[str, pb.ModelConfig]) -> Iterator[Finding]:
+    """What a release pins, and whether that is what lies there."""
+    place = f"{name}/config.pbtxt"
+    if not any(path.is_dir() and path.name.isdigit() for path in (root / name).iterdir()):
+        yield _error(name, "an ensemble without a version folder is not loaded", "make an empty folder 1")
+    for step in model.ensemble_scheduling.step:
+        if step.model_name not in models:
+            yield _error(place, f"needs {step.model_name}, which is not here", "restore it, or retire the release")
+        elif step.model_version < 1:
+            problem = f"takes whatever version of {step.model_name} is the newest"
+            yield _error(place, problem, "pin a number: it changes under a request otherwise")
+        elif step.model_version not in models[step.model_name].version_policy.specific.versions:
+            problem = f"pins {step.model_name} {step.model_version}, which Triton is not shown"
+            yield _error(place, problem, "'make export' lists it again; else retire the release")
+    if contract.parse_release_name(name) is None:
+        return
+    try:
+        manifest = Manifest.from_parameters(name, {k: v.string_value for k, v in model.parameters.items()})
+    except ValueError as error:
+        yield _error(place, str(error), "publish it with 'python -m export'")
+        return
+    for step_name, pin in manifest.steps.items():
+        folder = root / contract.step_model(manifest.pipeline, step_name) / str(pin.version)
+        try:
+            found = Step.read(folder)
+        except (DecodeError, OSError):
+            continue  # said above
+        if found and found.digest != pin.digest:
+            problem = f"is not what {name} recorded: it was edited after it was published"
+            yield _error(str(folder.relative_to(root)), problem, "restore it; new content needs a new number")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print what was found; 1 where there is an error."""
+    parse = argparse.ArgumentParser(prog="python -m export doctor", description=__doc__)
+    parse.add_argument("--repository", type=Path, default=REPOSITORY, metavar="DIR", help="default: model_repository")
+    options = parse.parse_args(arguments)
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        findings = inspect(options.repository)
+    except OSError as error:
+        console.print(f"error: {error}", markup=False)
+        return 1
+    for finding in findings:
+        line = f"{finding.severity}: {finding.place}: {finding.problem}; {finding.remedy}"
+        console.print(line, markup=False, style="red" if finding.severity == "error" else "yellow")
+    errors = sum(finding.severity == "error" for finding in findings)
+    console.print(f"{errors} errors, {len(findings) - errors} warnings in {options.repository}", markup=False)
+    return 1 if errors else 0
