@@ -54,6 +54,5 @@ perf: setup export perf-tools ## Run perf_analyzer on the newest release
 lock: setup ## Resolve pyproject.toml into requirements/*.lock again
 	$(RUN) requirements/lock.py
 
-clean: ## Remove the environments and everything that was built
-	rm -rf $(VENV) $(VENV)-train $(VENV)-perf .pytest_cache .mypy_cache .ruff_cache
-	rm -rf .model_repository.staging model_repository/*_classifier/*/model.onnx
+clean: ## Remove environments and caches; models stay, some cannot be built again
+	rm -rf $(VENV) $(VENV)-train $(VENV)-perf .pytest_cache .mypy_cache .ruff_cache .model_repository.staging
