@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 import contract
-from export import candidate, config, doctor, graph
+from export import candidate, config, doctor, graph, status
 from export.repository import Repository, RepositoryError
 from export.spec import Spec
 from export.steps import REPOSITORY
@@ -18,6 +18,7 @@ _EPILOG = """examples:
   python -m export                                         the checkpoint of this project -> defect-v<n>
   python -m export --checkpoint runs/7                     another checkpoint (model.safetensors, card.json)
   python -m export --onnx fruit.onnx --spec fruit.toml     a model of your own -> <name in the spec>-v<n>
+  python -m export status                                  the releases in a repository, and what each pins
   python -m export doctor                                  look at a repository for what would hurt Triton
 
 Content that is published already keeps its number: running twice changes nothing.
@@ -48,8 +49,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Export and publish; 0 when the release is complete, 1 when it was refused (the reason is on stderr)."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["doctor"]:
-        return doctor.main(arguments[1:])
+    for name, command in {"doctor": doctor.main, "status": status.main}.items():
+        if arguments[:1] == [name]:
+            return command(arguments[1:])
     parse = parser()
     options = parse.parse_args(arguments)
     if (options.onnx is None) != (options.spec is None):

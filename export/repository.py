@@ -51,6 +51,11 @@ class Repository:
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    def pipelines(self) -> list[str]:
+        """The names of the pipelines that have a release."""
+        names = (contract.parse_release_name(path.parent.name) for path in self.root.glob("*/config.pbtxt"))
+        return sorted({parsed[0] for parsed in names if parsed})
+
     def releases(self, pipeline: str) -> list[Manifest]:
         """The published releases of a pipeline, oldest first.
 
@@ -78,10 +83,10 @@ class Repository:
         """Whether a release is published, and every version that the newest one pins is on disk."""
         releases = self.releases(pipeline)
         return bool(releases) and all(
-            pin.version in self._complete_versions(pipeline, step) for step, pin in releases[-1].steps.items()
+            pin.version in self.complete_versions(pipeline, step) for step, pin in releases[-1].steps.items()
         )
 
-    def _complete_versions(self, pipeline: str, step: str) -> set[int]:
+    def complete_versions(self, pipeline: str, step: str) -> set[int]:
         """The numbered folders of a step that hold what Triton loads first."""
         file = "model.onnx" if step == "classifier" else "model.py"
         versions = self.versions(pipeline, step)
@@ -219,7 +224,7 @@ class Repository:
         # A pinned version that is not on disk (a clone has no old model.onnx) would fail the whole model at a cold
         # start, and every release with it; left out, it fails the release that pins it alone.
         pinned = {
-            step: {release.steps[step].version for release in live} & self._complete_versions(pipeline, step)
+            step: {release.steps[step].version for release in live} & self.complete_versions(pipeline, step)
             for step in contract.STEPS
         }
         configs = {
