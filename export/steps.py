@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -28,10 +28,7 @@ class Step:
     @classmethod
     def of_files(cls, files: Mapping[str, bytes]) -> Step:
         """A Python step, digested by its files' names and contents."""
-        digest = hashlib.sha256()
-        for name in sorted(files):
-            digest.update(name.encode() + b"\0" + hashlib.sha256(files[name]).digest())
-        return cls(files, digest.hexdigest())
+        return cls(files, digest_of((name, files[name]) for name in sorted(files)))
 
     @classmethod
     def of_graph(cls, model: onnx.ModelProto) -> Step:
@@ -58,8 +55,18 @@ class Step:
         return Step.of_files({**self.files, name: content})
 
 
+def digest_of(files: Iterable[tuple[str, bytes]]) -> str:
+    """SHA-256, in hexadecimal, over names and contents, in the order given."""
+    digest = hashlib.sha256()
+    for name, content in files:
+        digest.update(name.encode() + b"\0" + hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
 def load_module(path: Path) -> ModuleType:
     """Import one Python file of a model repository without making its folder importable.
+
+    Leaves no byte code behind: __pycache__ in a live repository would make Triton reload the step.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -71,5 +78,9 @@ def load_module(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickling look a module up by its name
-    spec.loader.exec_module(module)
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = before
     return module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -25,7 +24,6 @@ class Offline:
         folders = {
             step: repository.step_folder(pipeline, step, pin.version) for step, pin in self.manifest.steps.items()
         }
-        sys.dont_write_bytecode = True
         self.module = load_module(folders["preprocess"] / "preprocessing.py")
         decision = load_module(folders["postprocess"] / "decision.py")
         self.policy = decision.Policy.read(folders["postprocess"] / "settings.json")

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,7 +25,7 @@ from export.__main__ import main
 from export.config import Serving
 from export.repository import Candidate, Repository, RepositoryError
 from export.spec import Spec
-from export.steps import Step
+from export.steps import Step, load_module
 from tests.conftest import EXAMPLES, ROOT
 from tests.offline import PREPROCESSING
 
@@ -104,6 +105,14 @@ def test_a_wrong_checkpoint_is_named(weights: dict, damage: Callable[[dict], obj
 
 
 # ---- publishing ----
+
+
+def test_loading_a_step_leaves_no_byte_code(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Python writes it by default: its appearing makes a running Triton reload the step."""
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
+    assert load_module(repository / "defect_preprocess/1/preprocessing.py").preprocess
+    assert not list(repository.rglob("__pycache__"))
+    assert not sys.dont_write_bytecode
 
 
 def test_exporting_twice_changes_nothing(repository: Path) -> None:

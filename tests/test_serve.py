@@ -75,6 +75,19 @@ def test_serve_names_a_port_that_is_taken(tmp_path: Path) -> None:
     assert len(run.stderr.splitlines()) == 1
 
 
+def test_serve_names_a_port_that_is_none() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "triton_runtime.stack"],
+        cwd=ROOT,
+        env={**os.environ, "GATEWAY_PORT": "eighty"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 1
+    assert run.stderr == "serve: GATEWAY_PORT='eighty' is not a port: give a number from 1 to 65535\n"
+
+
 def test_make_alone_lists_the_targets() -> None:
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for target in ("serve", "test", "lint", "export", "train", "perf", "perf-tools"):

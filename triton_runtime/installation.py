@@ -122,6 +122,14 @@ def _check_packages() -> None:
             raise Missing(f"numpy {version} breaks the {SERVER_VERSION} Python stub: install numpy<2 ('make setup')")
 
 
+def port_from_environment(variable: str, default: int) -> int:
+    """The port that `variable` sets; raise `Missing` where it is no port number."""
+    value = os.environ.get(variable, str(default))
+    if not value.isascii() or not value.isdigit() or not 0 < int(value) < 65536:
+        raise Missing(f"{variable}={value!r} is not a port: give a number from 1 to 65535")
+    return int(value)
+
+
 def check_port(address: str, port: int, name: str) -> None:
     """Raise `Missing` where `port` cannot be listened on; `name` is the variable that sets it."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET

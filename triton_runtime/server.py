@@ -28,6 +28,7 @@ from triton_runtime.installation import (
     Missing,
     check_port,
     check_shared_memory,
+    port_from_environment,
 )
 
 
@@ -53,12 +54,7 @@ class Endpoint:
         Raises:
             Missing: a variable is not a port number.
         """
-        ports = {}
-        for name, variable in cls.VARIABLES.items():
-            value = os.environ.get(variable, str(getattr(cls, name)))
-            if not value.isascii() or not value.isdigit() or not 0 < int(value) < 65536:
-                raise Missing(f"{variable}={value!r} is not a port: give a number from 1 to 65535")
-            ports[name] = int(value)
+        ports = {n: port_from_environment(variable, getattr(cls, n)) for n, variable in cls.VARIABLES.items()}
         return cls(os.environ.get("TRITON_ADDRESS", cls.address), **ports)
 
     def to_environment(self) -> dict[str, str]:

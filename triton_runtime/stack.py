@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from triton_runtime.installation import Missing, check_port
+from triton_runtime.installation import Missing, check_port, port_from_environment
 from triton_runtime.server import Endpoint, TritonFailed, TritonServer, die_with_parent
 from triton_runtime.signals import Stopped, unwind_on_signals
 
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    address, port = os.environ.get("GATEWAY_HOST", "127.0.0.1"), int(os.environ.get("GATEWAY_PORT", "8080"))
+    address, port = os.environ.get("GATEWAY_HOST", "127.0.0.1"), port_from_environment("GATEWAY_PORT", 8080)
     check_port(address, port, "GATEWAY_PORT")
     exporting = [sys.executable, "-m", "export", "--if-missing", "--repository", str(options.repository.resolve())]
     if subprocess.run(exporting, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
