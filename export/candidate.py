@@ -136,7 +136,8 @@ def _compare(
     difference = max(float(np.abs(got - expected).max()), float(np.abs(alone - expected[:1]).max()))
     if difference > TOLERANCE:
         raise ExportError(f"probabilities differ from the reference by {difference:.2e}, allowed are {TOLERANCE:.0e}")
-    if any(row.tobytes().hex() != graph.content_digest(model) for row in digest):
+    content = graph.content_digest(model)
+    if any(row.tobytes().hex() != content for row in digest):
         raise ExportError("the graph does not return the digest of its content")
     report(f"largest difference {difference:.1e} (allowed {TOLERANCE:.0e}) on {len(pixels)} pictures")
 

@@ -134,31 +134,44 @@ def ensemble(manifest: contract.Manifest, max_batch_size: int) -> pb.ModelConfig
     config.version_policy.specific.versions.append(1)
     _declare(config.input, {contract.IMAGE: (pb.TYPE_STRING, [1])})
     _declare(config.output, _answer(len(manifest.labels)))
-    wiring = {
-        "preprocess": ([contract.IMAGE], ["PIXELS", "PICTURE_ERROR", "PREPROCESS_TIMES"]),
-        "classifier": (["PIXELS"], ["PROBABILITIES", "CLASSIFIER_DIGEST"]),
-        "postprocess": (
-            ["PROBABILITIES", "CLASSIFIER_DIGEST", "PICTURE_ERROR", "PREPROCESS_TIMES"],
-            list(contract.OUTPUTS),
+    wiring: dict[str, tuple[dict[str, str], dict[str, str]]] = {  # step -> tensors of the step: of the ensemble
+        "preprocess": (
+            {contract.IMAGE: contract.IMAGE},
+            {graph.PIXELS: "PIXELS", contract.ERROR: "PICTURE_ERROR", contract.TIMES: "PREPROCESS_TIMES"},
         ),
-    }
-    tensors = {
-        "preprocess": ([contract.IMAGE], [graph.PIXELS, contract.ERROR, contract.TIMES]),
-        "classifier": ([graph.PIXELS], [graph.PROBABILITIES, graph.DIGEST]),
+        "classifier": (
+            {graph.PIXELS: "PIXELS"},
+            {graph.PROBABILITIES: "PROBABILITIES", graph.DIGEST: "CLASSIFIER_DIGEST"},
+        ),
         "postprocess": (
-            [graph.PROBABILITIES, graph.DIGEST, contract.ERROR, contract.TIMES],
-            list(contract.OUTPUTS),
+            {
+                graph.PROBABILITIES: "PROBABILITIES",
+                graph.DIGEST: "CLASSIFIER_DIGEST",
+                contract.ERROR: "PICTURE_ERROR",
+                contract.TIMES: "PREPROCESS_TIMES",
+            },
+            {name: name for name in contract.OUTPUTS},
         ),
     }
     for step in contract.STEPS:
         entry = config.ensemble_scheduling.step.add(
             model_name=contract.step_model(manifest.pipeline, step), model_version=manifest.steps[step].version
         )
-        for names, outer, target in zip(tensors[step], wiring[step], (entry.input_map, entry.output_map), strict=True):
-            target.update(zip(names, outer, strict=True))
+        inputs, outputs = wiring[step]
+        entry.input_map.update(inputs)
+        entry.output_map.update(outputs)
     for key, value in manifest.to_parameters().items():
         config.parameters[key].string_value = value
     return config
+
+
+def manifest_of(name: str, ensemble: pb.ModelConfig) -> contract.Manifest:
+    """The manifest that `ensemble` wrote for the release `name`.
+
+    Raises:
+        ValueError: it is no release, or its manifest is missing or malformed.
+    """
+    return contract.Manifest.from_parameters(name, {k: v.string_value for k, v in ensemble.parameters.items()})
 
 
 def _answer(labels: int) -> Tensors:

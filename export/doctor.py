@@ -20,8 +20,8 @@ from rich.console import Console
 from tritonclient.grpc import model_config_pb2 as pb
 
 import contract
-from contract import Manifest
 from export import config, graph
+from export.repository import is_version
 from export.steps import REPOSITORY, Step
 
 _CLOCK_SLACK_S = 60
@@ -94,8 +94,7 @@ def _folder(folder: Path) -> Iterator[Finding]:
     for path in sorted(folder.iterdir()):
         place = f"{folder.name}/{path.name}"
         if path.is_dir():
-            plain = path.name.isascii() and path.name.isdigit() and path.name[0] != "0"
-            if path.name[0].isdigit() and not plain:
+            if path.name[0].isdigit() and not is_version(path.name):
                 yield _error(place, "Triton takes it for a version: it starts with a digit", "stage outside of it")
         elif path.name != "config.pbtxt":
             yield _warning(place, "a loose file: each change of it reloads the model's live versions", "move it out")
@@ -136,7 +135,7 @@ def _graph(path: Path, place: str) -> Iterator[Finding]:
     except DecodeError:
         yield _error(place, "is no ONNX file, or only a part of one", "restore it")
         return
-    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    opset = graph.opset_of(model)
     if opset > graph.MAX_OPSET or model.ir_version > graph.MAX_IR_VERSION:
         limits = f"opset {graph.MAX_OPSET}, IR {graph.MAX_IR_VERSION}"
         yield _error(place, f"opset {opset}, IR {model.ir_version}: the server knows {limits}", "export it for those")
@@ -165,7 +164,7 @@ def _ensemble(root: Path, name: str, model: pb.ModelConfig, models: dict[str, pb
     if contract.parse_release_name(name) is None:
         return
     try:
-        manifest = Manifest.from_parameters(name, {k: v.string_value for k, v in model.parameters.items()})
+        manifest = config.manifest_of(name, model)
     except ValueError as error:
         yield _error(place, str(error), "publish it with 'python -m export'")
         return

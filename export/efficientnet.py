@@ -79,4 +79,3 @@ STEM = Conv("_conv_stem", "_bn0", 3, 32, kernel=3, stride=2)
 BLOCKS = _blocks()
 HEAD = Conv("_conv_head", "_bn1", 320, FEATURES)
 CLASSIFIER = "_fc"
-CONVS = (STEM, *(conv for block in BLOCKS for conv in block.convs), HEAD)

@@ -151,6 +151,11 @@ def content_digest(model: ModelProto) -> str:
     return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()
 
 
+def opset_of(model: ModelProto) -> int:
+    """The version of ONNX's own operators that a graph asks for; 0 where it names none."""
+    return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+
+
 class _Builder:
     """Collects nodes and constants, and names what nobody else names."""
 
@@ -223,7 +228,7 @@ def _model(
 
 def _within_limits(model: ModelProto) -> ModelProto:
     """The model at an opset that has the operators used for wrapping, and within the target's limits."""
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    opset = opset_of(model)
     if opset > MAX_OPSET:
         raise GraphError(
             f"opset {opset} is newer than the {MAX_OPSET} of the target server: export it with an older one"

@@ -45,6 +45,11 @@ class Published:
     written: tuple[Path, ...]
 
 
+def is_version(name: str) -> bool:
+    """Whether a folder's name is a plain version number. Triton itself is content with a leading digit."""
+    return name.isascii() and name.isdigit() and name[0] != "0"
+
+
 class Repository:
     """The folder that Triton serves."""
 
@@ -68,9 +73,7 @@ class Repository:
             if parsed is None or parsed[0] != pipeline:
                 continue
             try:
-                parameters = config.parse(path.read_text()).parameters
-                values = {key: value.string_value for key, value in parameters.items()}
-                manifests.append(Manifest.from_parameters(path.parent.name, values))
+                manifests.append(config.manifest_of(path.parent.name, config.parse(path.read_text())))
             except ValueError as error:
                 raise RepositoryError(f"{path}: {error}") from None
         return sorted(manifests, key=lambda manifest: manifest.number)
@@ -95,8 +98,7 @@ class Repository:
     def versions(self, pipeline: str, step: str) -> list[int]:
         """The numbered folders of a step, whether or not a release pins them."""
         folder = self.root / contract.step_model(pipeline, step)
-        names = [p.name for p in folder.glob("*") if p.is_dir()]
-        return sorted(int(name) for name in names if name.isascii() and name.isdigit() and name[0] != "0")
+        return sorted(int(path.name) for path in folder.glob("*") if path.is_dir() and is_version(path.name))
 
     def template(self, pipeline: str, step: str) -> Step:
         """The code of a Python step to start from: that of the newest release, of this pipeline or else of `defect`.

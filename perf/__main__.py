@@ -40,16 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
         endpoint = Endpoint.from_environment()
         with console.status("starting Triton") as status, triton_at(endpoint, options.repository) as newest:
             release = options.release or newest
-            measurements = []
-            for concurrency in options.concurrency:
-                status.update(f"{release}, {concurrency} in flight, {len(pictures)} pictures")
-                measurements += measure(
-                    release,
-                    endpoint.grpc_url,
-                    pictures,
-                    [concurrency],
-                    interval_ms=options.interval_ms,
-                )
+            measurements = measure(
+                release,
+                endpoint.grpc_url,
+                pictures,
+                options.concurrency,
+                interval_ms=options.interval_ms,
+                report_level=lambda n: status.update(f"{release}, {n} in flight, {len(pictures)} pictures"),
+            )
     except (PerfError, Missing, TritonFailed) as error:
         print(f"perf: {error}", file=sys.stderr)
         return 1
@@ -65,9 +63,10 @@ def triton_at(endpoint: Endpoint, repository: Path) -> Iterator[str]:
     server = TritonServer(repository, endpoint)
     releases = server.releases()
     with socket.socket() as probe:
-        if probe.connect_ex((endpoint.address, endpoint.grpc)) == 0:
-            yield releases[-1] if releases else ""
-            return
+        is_running = probe.connect_ex((endpoint.address, endpoint.grpc)) == 0
+    if is_running:
+        yield releases[-1] if releases else ""
+        return
     with server:
         yield server.wait_until_ready()[-1]
 

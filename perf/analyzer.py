@@ -12,7 +12,7 @@ import os
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +47,11 @@ def measure(
     *,
     interval_ms: int = 5000,
     binary: Path = BINARY,
+    report_level: Callable[[int], None] = lambda _: None,
 ) -> list[Measurement]:
     """Load `release` with these pictures in turn, at each number of requests in flight.
+
+    `report_level` is told each number before its measurement.
 
     Raises:
         PerfError: perf_analyzer is not installed, or did not finish.
@@ -65,6 +68,7 @@ def measure(
             (folder / wanted).symlink_to(next(libraries[0].glob(pattern)))
         measurements = []
         for concurrency in concurrencies:
+            report_level(concurrency)
             command = [str(binary), "-m", release, "-i", "grpc", "-u", grpc_url, "-f", str(report)]
             command += [f"--input-data={data}", f"--concurrency-range={concurrency}", "--percentile=95"]
             # Three windows, averaged. Windows need not agree: on a shared machine they rarely do.
