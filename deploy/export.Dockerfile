@@ -4,7 +4,7 @@ ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 COPY requirements/export.lock /tmp/export.lock
 RUN pip install --no-cache-dir --no-deps --require-hashes -r /tmp/export.lock && rm /tmp/export.lock
 WORKDIR /app
-COPY contract.py ./
+COPY contract ./contract
 COPY export ./export
 COPY model_repository ./model_repository
 RUN mkdir /models && chown 65532:65532 /models

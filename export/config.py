@@ -14,8 +14,8 @@ from pydantic import Field
 from tritonclient.grpc import model_config_pb2 as pb
 
 import contract
+from contract.tables import Table
 from export import graph
-from export.tables import Table
 
 Tensors = Mapping[str, tuple[int, list[int]]]
 """Tensor name -> (Triton data type, shape without the batch axis)."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 import contract
-from export.tables import Table
+from contract.tables import Table
 
 PerChannel = float | Annotated[tuple[float, float, float], Field(description="red, green, blue")]
 
