@@ -31,6 +31,17 @@ class Golden:
     label: str
     scores: Mapping[str, float]
 
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the name, the picture in base64."""
+        image = base64.b64encode(self.image).decode()
+        return {"label": self.label, "scores": dict(self.scores), "image": image}
+
+    @classmethod
+    def from_json(cls, name: str, recorded: Mapping[str, Any]) -> Golden:
+        """What `to_json` returned."""
+        scores = {label: float(score) for label, score in recorded["scores"].items()}
+        return cls(name, base64.b64decode(recorded["image"], validate=True), recorded["label"], scores)
+
     def difference(self, label: str, scores: Mapping[str, float], tolerance: float) -> str:
         """What is wrong with an answer to this picture; empty where it is the recorded one.
 
@@ -88,9 +99,7 @@ class Manifest:
             parameters[f"{step}_version"] = str(self.steps[step].version)
             parameters[f"{step}_digest"] = self.steps[step].digest
         for golden in self.golden:
-            image = base64.b64encode(golden.image).decode()
-            recorded = {"label": golden.label, "scores": dict(golden.scores), "image": image}
-            parameters[_GOLDEN + golden.name] = json.dumps(recorded)
+            parameters[_GOLDEN + golden.name] = json.dumps(golden.to_json())
         return parameters
 
     @classmethod
@@ -119,7 +128,7 @@ class Manifest:
                 evaluation=json.loads(parameters["evaluation"]),
                 exam=json.loads(parameters["exam"]),
                 golden=tuple(
-                    _golden(key.removeprefix(_GOLDEN), json.loads(value))
+                    Golden.from_json(key.removeprefix(_GOLDEN), json.loads(value))
                     for key, value in sorted(parameters.items())
                     if key.startswith(_GOLDEN)
                 ),
@@ -129,8 +138,3 @@ class Manifest:
             raise ValueError(f"{name}: the parameter {missing} is missing: was it published by the export?") from None
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: malformed manifest: {error}") from None
-
-
-def _golden(name: str, recorded: Mapping[str, Any]) -> Golden:
-    scores = {label: float(score) for label, score in recorded["scores"].items()}
-    return Golden(name, base64.b64decode(recorded["image"], validate=True), recorded["label"], scores)

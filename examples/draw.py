@@ -1,17 +1,22 @@
-"""Draws the two sample pictures of this folder: `python examples/draw.py`. They are drawings, so they are free."""
+"""Draws cartons: `python examples/draw.py`. They are drawings, so they are free.
+
+Writes the two sample pictures of this folder, and the golden pictures of the exam (`export/golden`): small ones, in
+as many formats, modes and sizes as a handful can cover.
+"""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
+HERE = Path(__file__).resolve().parent
 SIZE = 640
 CARDBOARD, SIDE, TOP, TAPE = (186, 142, 94), (150, 110, 70), (208, 168, 120), (222, 205, 160)
 
 
-def parcel(damaged: bool) -> Image.Image:
+def carton(damaged: bool) -> Image.Image:
     """A carton on a grey floor; damaged, it is crushed at a corner, torn open and stained."""
     chance = random.Random(7)
     picture = Image.new("RGB", (SIZE, SIZE), (203, 205, 208))
@@ -50,10 +55,34 @@ def parcel(damaged: bool) -> Image.Image:
             x, y = chance.randrange(130, 390), chance.randrange(290, 500)
             draw.line((x, y, x + chance.randrange(-40, 40), y + chance.randrange(-25, 25)), fill=(120, 86, 54), width=2)
         draw.ellipse((300, 440, 390, 515), fill=(122, 88, 60))
-    noise = Image.effect_noise((SIZE, SIZE), 18).convert("RGB")
-    return Image.blend(picture.filter(ImageFilter.GaussianBlur(1)), noise, 0.06)
+    return picture.filter(ImageFilter.GaussianBlur(1))
+
+
+def photographed(picture: Image.Image) -> Image.Image:
+    """With the noise of a camera."""
+    return Image.blend(picture, Image.effect_noise(picture.size, 18).convert("RGB"), 0.06)
+
+
+def golden(folder: Path) -> None:
+    """Write the golden pictures."""
+    damaged, intact = carton(True), carton(False)
+    upright = Image.Exif()
+    upright[0x0112] = 6  # lies on its side, and says so
+    damaged.save(folder / "damaged-large.jpg", quality=60)
+    intact.resize((320, 320)).rotate(90).save(folder / "intact-turned.jpg", quality=70, exif=upright)
+    damaged.crop((100, 180, 560, 560)).resize((230, 190)).convert("L").save(folder / "damaged-grey.jpg", quality=70)
+    ImageOps.mirror(intact).resize((240, 240)).convert("CMYK").save(folder / "intact-cmyk.jpg", quality=70)
+    small = damaged.resize((150, 200))
+    small.putalpha(small.convert("L").point(lambda value: 0 if value > 195 else 255))
+    small.save(folder / "damaged-transparent.png", optimize=True)
+    intact.crop((60, 120, 600, 600)).resize((300, 260)).save(folder / "intact-wide.webp", quality=60)
+    ImageOps.mirror(damaged).resize((160, 160)).quantize(32).save(folder / "damaged-palette.gif")
+    intact.resize((96, 96)).convert("I;16").point(lambda value: value * 256).save(
+        folder / "intact-16-bit.tiff", compression="tiff_deflate"
+    )
 
 
 if __name__ == "__main__":
     for name, damaged in (("parcel-intact", False), ("parcel-damaged", True)):
-        parcel(damaged).save(Path(__file__).with_name(f"{name}.jpg"), quality=88)
+        photographed(carton(damaged)).save(HERE / f"{name}.jpg", quality=88)
+    golden(HERE.parent / "export" / "golden")

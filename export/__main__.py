@@ -9,15 +9,17 @@ from pathlib import Path
 from rich.console import Console
 
 import contract
-from export import candidate, config, doctor, graph, status
-from export.repository import Repository, RepositoryError
+from export import candidate, doctor, graph, release, status
+from export.release import Refused
+from export.repository import RepositoryError
 from export.spec import Spec
-from export.steps import REPOSITORY
 
 _EPILOG = """examples:
   python -m export                                         the checkpoint of this project -> defect-v<n>
   python -m export --checkpoint runs/7                     another checkpoint (model.safetensors, card.json)
   python -m export --onnx fruit.onnx --spec fruit.toml     a model of your own -> <name in the spec>-v<n>
+  python -m export --to model.onnx                         the classifier alone, to be dropped into a repository
+  python -m export release --classifier 4                  examine a dropped version, publish it if it passes
   python -m export status                                  the releases in a repository, and what each pins
   python -m export doctor                                  look at a repository for what would hurt Triton
 
@@ -37,11 +39,10 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--onnx", type=Path, metavar="FILE", help="a model of your own, with --spec")
     source.add_argument("--spec", type=Path, metavar="FILE", help="TOML: name, labels, input, output")
     target = parse.add_argument_group("where to")
-    target.add_argument("--repository", type=Path, default=REPOSITORY, metavar="DIR", help="default: model_repository")
-    target.add_argument(
-        "--serving", type=Path, default=root / "serving.toml", metavar="FILE", help="default: export/serving.toml"
-    )
+    target.add_argument("--to", type=Path, metavar="FILE", help="write the ONNX file here, and publish nothing")
     target.add_argument("--if-missing", action="store_true", help="do nothing where the newest release is complete")
+    target.add_argument("--force", action="store_true", help="overrule agreement, accuracy and cost in the exam")
+    release.add_options(parse)
     parse.set_defaults(default_checkpoint=root / "checkpoints" / "defect")
     return parse
 
@@ -49,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Export and publish; 0 when the release is complete, 1 when it was refused (the reason is on stderr)."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    for name, command in {"doctor": doctor.main, "status": status.main}.items():
+    commands = {"doctor": doctor.main, "release": release.main, "status": status.main}
+    for name, command in commands.items():
         if arguments[:1] == [name]:
             return command(arguments[1:])
     parse = parser()
@@ -60,25 +62,27 @@ def main(arguments: list[str] | None = None) -> int:
         parse.error("give --checkpoint or --onnx, not both")
     if not contract.PIPELINE_NAME.fullmatch(options.pipeline):
         parse.error("--pipeline must be lower-case letters, digits and _, starting with a letter")
-    console = Console(stderr=True, highlight=False)
-    repository = Repository(options.repository)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    report = release.reporter(console)
 
     try:
+        examiner = release.examiner_of(options)
+        repository = examiner.repository
+        for pipeline in repository.pipelines():
+            repository.reconcile(pipeline)
         if options.if_missing and repository.is_complete(options.pipeline):
             return 0
-        with console.status("exporting"):
-
-            def report(line: str) -> None:
-                console.print(f"- {line}")
-
-            serving = config.Serving.read(options.serving)
-            if options.onnx:
-                built = candidate.from_onnx(options.onnx, Spec.read(options.spec), repository, report)
-            else:
-                folder = options.checkpoint or options.default_checkpoint
-                built = candidate.from_checkpoint(folder, options.pipeline, repository, report)
-            published = repository.publish(built, serving)
-    except (candidate.ExportError, graph.GraphError, RepositoryError, ValueError, OSError) as error:
+        if options.onnx:
+            built = candidate.from_onnx(options.onnx, Spec.read(options.spec), repository, report)
+        else:
+            folder = options.checkpoint or options.default_checkpoint
+            built = candidate.from_checkpoint(folder, options.pipeline, repository, report)
+        if options.to:
+            options.to.write_bytes(built.steps["classifier"].files["model.onnx"])
+            print(options.to)
+            return 0
+        published = examiner.release(built, report)
+    except (candidate.ExportError, graph.GraphError, Refused, RepositoryError, ValueError, OSError) as error:
         console.print(f"not exported: {error}", style="red", markup=False)
         return 1
 

@@ -65,6 +65,11 @@ class Staging:
         os.rename(staged, target)
         _flush(target.parent)
 
+    def remove_folder(self, target: Path) -> None:
+        """Remove a folder and what is in it."""
+        os.rename(target, Path(mkdtemp(dir=self.folder)) / target.name)
+        _flush(target.parent)
+
 
 def _empty(folder: Path) -> None:
     for leftover in folder.iterdir():

@@ -20,6 +20,27 @@ from export import graph
 Tensors = Mapping[str, tuple[int, list[int]]]
 """Tensor name -> (Triton data type, shape without the batch axis)."""
 
+WIRING: Mapping[str, tuple[dict[str, str], dict[str, str]]] = {
+    "preprocess": (
+        {contract.IMAGE: contract.IMAGE},
+        {graph.PIXELS: "PIXELS", contract.ERROR: "PICTURE_ERROR", contract.TIMES: "PREPROCESS_TIMES"},
+    ),
+    "classifier": (
+        {graph.PIXELS: "PIXELS"},
+        {graph.PROBABILITIES: "PROBABILITIES", graph.DIGEST: "CLASSIFIER_DIGEST"},
+    ),
+    "postprocess": (
+        {
+            graph.PROBABILITIES: "PROBABILITIES",
+            graph.DIGEST: "CLASSIFIER_DIGEST",
+            contract.ERROR: "PICTURE_ERROR",
+            contract.TIMES: "PREPROCESS_TIMES",
+        },
+        {name: name for name in contract.OUTPUTS},
+    ),
+}
+"""Step -> its inputs and its outputs, each a tensor of the step: the ensemble's name for it."""
+
 _HEADER = "# Written by `python -m export`. Change export/serving.toml and export again.\n"
 _FROZEN_HEADER = "# A published release: written once by `python -m export`, never edited.\n"
 
@@ -134,30 +155,11 @@ def ensemble(manifest: contract.Manifest, max_batch_size: int) -> pb.ModelConfig
     config.version_policy.specific.versions.append(1)
     _declare(config.input, {contract.IMAGE: (pb.TYPE_STRING, [1])})
     _declare(config.output, _answer(len(manifest.labels)))
-    wiring: dict[str, tuple[dict[str, str], dict[str, str]]] = {  # step -> tensors of the step: of the ensemble
-        "preprocess": (
-            {contract.IMAGE: contract.IMAGE},
-            {graph.PIXELS: "PIXELS", contract.ERROR: "PICTURE_ERROR", contract.TIMES: "PREPROCESS_TIMES"},
-        ),
-        "classifier": (
-            {graph.PIXELS: "PIXELS"},
-            {graph.PROBABILITIES: "PROBABILITIES", graph.DIGEST: "CLASSIFIER_DIGEST"},
-        ),
-        "postprocess": (
-            {
-                graph.PROBABILITIES: "PROBABILITIES",
-                graph.DIGEST: "CLASSIFIER_DIGEST",
-                contract.ERROR: "PICTURE_ERROR",
-                contract.TIMES: "PREPROCESS_TIMES",
-            },
-            {name: name for name in contract.OUTPUTS},
-        ),
-    }
     for step in contract.STEPS:
         entry = config.ensemble_scheduling.step.add(
             model_name=contract.step_model(manifest.pipeline, step), model_version=manifest.steps[step].version
         )
-        inputs, outputs = wiring[step]
+        inputs, outputs = WIRING[step]
         entry.input_map.update(inputs)
         entry.output_map.update(outputs)
     for key, value in manifest.to_parameters().items():

@@ -1,13 +1,15 @@
-"""A model repository on disk: which releases it holds, and publishing another one.
+"""A model repository on disk: which releases it holds, publishing another one, and retiring one.
 
 Publishing goes version folders first, then the steps' `config.pbtxt`, then the ensemble, each atomically, so
-a crash at any point leaves every earlier release servable, and running again finishes the job.
+a crash at any point leaves every earlier release servable, and running again finishes the job. Retiring goes the
+other way.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,11 @@ class RepositoryError(ValueError):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A pipeline that is ready to be published: `size` is the classifier's input side in pixels."""
+    """A pipeline that could be published: `size` is the classifier's input side in pixels.
+
+    `numbers` are the versions that hold a step's content already; the other steps get one. What the exam found
+    (`exam`, `golden`, `tolerance`: see `contract.Manifest`) is there once it was passed.
+    """
 
     pipeline: str
     labels: tuple[str, ...]
@@ -35,6 +41,10 @@ class Candidate:
     steps: Mapping[str, Step]
     built_from: str
     evaluation: Mapping[str, Any]
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    exam: Mapping[str, Any] = field(default_factory=dict)
+    golden: tuple[contract.Golden, ...] = ()
+    tolerance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,11 +60,17 @@ def is_version(name: str) -> bool:
     return name.isascii() and name.isdigit() and name[0] != "0"
 
 
+RETIRED = "retired.json"
+"""In the repository's root, where Triton looks for folders only: the releases that were taken back, so that neither
+their numbers are given again nor their versions taken for drops."""
+
+
 class Repository:
     """The folder that Triton serves."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._digests: dict[Path, tuple[object, str]] = {}
 
     def pipelines(self) -> list[str]:
         """The names of the pipelines that have a release."""
@@ -78,22 +94,58 @@ class Repository:
                 raise RepositoryError(f"{path}: {error}") from None
         return sorted(manifests, key=lambda manifest: manifest.number)
 
+    def retired(self, pipeline: str) -> dict[str, dict[str, StepPin]]:
+        """The pins of the retired releases of a pipeline, by name.
+
+        Raises:
+            RepositoryError: the record cannot be read.
+        """
+        path = self.root / RETIRED
+        try:
+            recorded = json.loads(path.read_text()) if path.is_file() else {}
+            return {
+                name: {step: StepPin(**pin) for step, pin in pins.items()}
+                for name, pins in recorded.items()
+                if (parsed := contract.parse_release_name(name)) and parsed[0] == pipeline
+            }
+        except (ValueError, TypeError, AttributeError) as error:
+            raise RepositoryError(f"{path}: not the record of retired releases: {error}") from None
+
     def step_folder(self, pipeline: str, step: str, version: int) -> Path:
         """Where one version of a step lies."""
         return self.root / contract.step_model(pipeline, step) / str(version)
 
     def is_complete(self, pipeline: str) -> bool:
-        """Whether a release is published, and every version that the newest one pins is on disk."""
+        """Whether a release is published, and everything that the newest one pins is on disk."""
         releases = self.releases(pipeline)
-        return bool(releases) and all(
-            pin.version in self.complete_versions(pipeline, step) for step, pin in releases[-1].steps.items()
-        )
+        return bool(releases) and not self.lacks(releases[-1])
 
-    def complete_versions(self, pipeline: str, step: str) -> set[int]:
-        """The numbered folders of a step that hold what Triton loads first."""
-        file = "model.onnx" if step == "classifier" else "model.py"
-        versions = self.versions(pipeline, step)
-        return {version for version in versions if (self.step_folder(pipeline, step, version) / file).is_file()}
+    def lacks(self, release: Manifest) -> dict[str, str]:
+        """The models whose version is not as the release recorded it, and how: "missing" or "edited"."""
+        found = {
+            step: self._digest(self.step_folder(release.pipeline, step, pin.version))
+            for step, pin in release.steps.items()
+        }
+        return {
+            contract.step_model(release.pipeline, step): "edited" if found[step] else "missing"
+            for step, pin in release.steps.items()
+            if found[step] != pin.digest
+        }
+
+    def _digest(self, folder: Path) -> str:
+        """The digest of a version; empty where there is none. Read again only where a file changed."""
+        try:
+            seen = [(p.name, s.st_size, s.st_mtime_ns, s.st_ino) for p in sorted(folder.glob("*")) for s in [p.stat()]]
+            if (known := self._digests.get(folder)) and known[0] == seen:
+                return known[1]
+            step = Step.read(folder)
+            digest = step.digest if step else ""
+        except DecodeError:
+            digest = "unreadable"
+        except OSError:
+            return ""
+        self._digests[folder] = (seen, digest)
+        return digest
 
     def versions(self, pipeline: str, step: str) -> list[int]:
         """The numbered folders of a step, whether or not a release pins them."""
@@ -129,21 +181,22 @@ class Repository:
         """
         with Staging.beside(self.root) as staging:
             releases = self.releases(candidate.pipeline)
-            pins = {
-                step: self._pin(candidate.pipeline, step, candidate.steps[step], releases) for step in contract.STEPS
-            }
-            known = next((r for r in releases if r.steps == pins and r.labels == candidate.labels), None)
+            pins = self._pins(candidate, releases)
+            known = self._same(candidate, pins, releases)
             manifest = known or Manifest(
                 pipeline=candidate.pipeline,
-                number=releases[-1].number + 1 if releases else 1,
+                number=self._next_number(candidate.pipeline, releases),
                 labels=candidate.labels,
                 steps=pins,
                 built_from=candidate.built_from,
                 built_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 evaluation=candidate.evaluation,
+                exam=candidate.exam,
+                golden=candidate.golden,
+                tolerance=candidate.tolerance,
             )
             live = releases if known else [*releases, manifest]
-            self._require_same_signature(candidate, serving, releases)
+            self.require_fit(candidate, serving)
             written = []
             for step, pin in pins.items():
                 written += self._complete_version(staging, candidate, step, pin)
@@ -160,12 +213,96 @@ class Repository:
                 written.append(folder)
         return Published(manifest, tuple(written))
 
-    def _pin(self, pipeline: str, step: str, content: Step, releases: list[Manifest]) -> StepPin:
-        """The number under which this content is published already, or the next free one."""
+    def published(self, candidate: Candidate) -> Manifest | None:
+        """The release that this candidate is already."""
+        releases = self.releases(candidate.pipeline)
+        return self._same(candidate, self._pins(candidate, releases), releases)
+
+    @staticmethod
+    def _same(candidate: Candidate, pins: Mapping[str, StepPin], releases: list[Manifest]) -> Manifest | None:
+        return next((r for r in releases if r.steps == pins and r.labels == candidate.labels), None)
+
+    def _next_number(self, pipeline: str, releases: list[Manifest]) -> int:
+        """One more than was ever given: a number names one release for ever."""
+        retired = (contract.parse_release_name(name) for name in self.retired(pipeline))
+        return 1 + max([0, *(r.number for r in releases), *(parsed[1] for parsed in retired if parsed)])
+
+    def retire(self, name: str) -> Manifest:
+        """Take a release back. Its versions stay on disk, where Triton does not see them any more.
+
+        Raises:
+            RepositoryError: there is no such release, or it is the pipeline's only one.
+        """
+        parsed = contract.parse_release_name(name)
+        with Staging.beside(self.root) as staging:
+            releases = self.releases(parsed[0]) if parsed else []
+            manifest = next((release for release in releases if release.name == name), None)
+            if manifest is None:
+                there = ", ".join(release.name for release in releases) or "no release of that pipeline"
+                raise RepositoryError(f"there is no {name}; there is {there}")
+            if len(releases) == 1:
+                raise RepositoryError(f"{name} is the only release: publish another one first")
+            path = self.root / RETIRED
+            recorded = json.loads(path.read_text()) if path.is_file() else {}
+            recorded[name] = {step: vars(pin) for step, pin in manifest.steps.items()}
+            staging.write_file(path, (json.dumps(recorded, indent=2) + "\n").encode())
+            staging.remove_folder(self.root / name)
+            self._show_what_is_sound(staging, manifest.pipeline)
+        return manifest
+
+    def reconcile(self, pipeline: str) -> list[Path]:
+        """Show Triton exactly the versions that releases pin and that are what those recorded.
+
+        Finishes what a crash interrupted, and takes out what was removed or edited after it was published: at a cold
+        start it would fail every release. Returns the configurations that were changed.
+        """
+        if not self._unsound(pipeline):
+            return []
+        with Staging.beside(self.root) as staging:
+            return self._show_what_is_sound(staging, pipeline)
+
+    def _show_what_is_sound(self, staging: Staging, pipeline: str) -> list[Path]:
+        changed = self._unsound(pipeline)
+        for path, content in changed.items():
+            staging.write_file(path, content)
+        return list(changed)
+
+    def _unsound(self, pipeline: str) -> dict[Path, bytes]:
+        """The steps' configurations that show other versions than they should, and what they should be."""
+        changed = {}
+        for step, versions in self._sound_versions(pipeline, self.releases(pipeline)).items():
+            path = self.root / contract.step_model(pipeline, step) / "config.pbtxt"
+            if not path.is_file() or not versions:
+                continue  # an empty list is no valid configuration; there is nothing left to protect
+            rendered = config.parse(path.read_text())
+            if sorted(rendered.version_policy.specific.versions) != sorted(versions):
+                rendered.version_policy.specific.versions[:] = sorted(versions)
+                changed[path] = config.render(rendered)
+        return changed
+
+    def _sound_versions(self, pipeline: str, releases: list[Manifest]) -> dict[str, set[int]]:
+        """By step, the versions that releases pin and whose content is what they recorded."""
+        return {
+            step: {
+                pin.version
+                for pin in (release.steps[step] for release in releases)
+                if self._digest(self.step_folder(pipeline, step, pin.version)) == pin.digest
+            }
+            for step in contract.STEPS
+        }
+
+    def _pins(self, candidate: Candidate, releases: list[Manifest]) -> dict[str, StepPin]:
+        return {step: self._pin(candidate, step, releases) for step in contract.STEPS}
+
+    def _pin(self, candidate: Candidate, step: str, releases: list[Manifest]) -> StepPin:
+        """The number under which this content is published already, or was dropped, or the next free one."""
+        pipeline, content = candidate.pipeline, candidate.steps[step]
         pinned = {release.steps[step].version: release.steps[step].digest for release in releases}
         for version, digest in pinned.items():
             if digest == content.digest:
                 return StepPin(version, digest)
+        if step in candidate.numbers:
+            return StepPin(candidate.numbers[step], content.digest)
         on_disk = self.versions(pipeline, step)
         for version in sorted(set(on_disk) - set(pinned)):
             try:
@@ -198,7 +335,13 @@ class Repository:
                 f"published versions are never edited; restore it, or move the new content to a new number"
             )
 
-    def _require_same_signature(self, candidate: Candidate, serving: config.Serving, releases: list[Manifest]) -> None:
+    def require_fit(self, candidate: Candidate, serving: config.Serving) -> None:
+        """Refuse what cannot be a release of its pipeline, whatever its answers.
+
+        Raises:
+            RepositoryError: the signature, the labels or the largest batch are not those of the earlier releases.
+        """
+        releases = self.releases(candidate.pipeline)
         for release in releases:
             path = self.root / release.name / "config.pbtxt"
             batch = config.parse(path.read_text()).max_batch_size
@@ -212,23 +355,26 @@ class Repository:
                     f"{release.name} has {len(release.labels)} labels and this model has {len(candidate.labels)}: "
                     f"another signature needs another pipeline name"
                 )
-        path = self.root / contract.step_model(candidate.pipeline, "classifier") / "config.pbtxt"
-        if releases and path.is_file():
-            size = config.parse(path.read_text()).input[0].dims[0]
-            if size != candidate.size:
-                raise RepositoryError(
-                    f"{candidate.pipeline} takes {size} pixels a side and this model {candidate.size}: "
-                    f"another signature needs another pipeline name"
-                )
+        if releases and (size := self.size(candidate.pipeline)) != candidate.size:
+            raise RepositoryError(
+                f"{candidate.pipeline} takes {size} pixels a side and this model {candidate.size}: "
+                f"another signature needs another pipeline name"
+            )
+
+    def size(self, pipeline: str) -> int:
+        """The side, in pixels, of what a published pipeline's classifier takes."""
+        path = self.root / contract.step_model(pipeline, "classifier") / "config.pbtxt"
+        return int(config.parse(path.read_text()).input[0].dims[0])
+
+    def rendered(self, candidate: Candidate, serving: config.Serving) -> dict[str, str]:
+        """The steps' configurations as they would be with this candidate, but for the versions."""
+        return {step: content.decode() for step, content in self._step_configs(candidate, serving, []).items()}
 
     def _step_configs(self, candidate: Candidate, serving: config.Serving, live: list[Manifest]) -> dict[str, bytes]:
         pipeline, labels = candidate.pipeline, len(candidate.labels)
-        # A pinned version that is not on disk (a clone has no old model.onnx) would fail the whole model at a cold
-        # start, and every release with it; left out, it fails the release that pins it alone.
-        pinned = {
-            step: {release.steps[step].version for release in live} & self.complete_versions(pipeline, step)
-            for step in contract.STEPS
-        }
+        # A pinned version that is not on disk (a clone has no old model.onnx), or was edited, would fail the whole
+        # model at a cold start, and every release with it; left out, it fails the release that pins it alone.
+        pinned = self._sound_versions(pipeline, live)
         configs = {
             "preprocess": config.preprocess(pipeline, pinned["preprocess"], candidate.size, serving),
             "classifier": config.classifier(pipeline, pinned["classifier"], candidate.size, labels, serving),

@@ -23,15 +23,11 @@ def table(repository: Repository, pipeline: str) -> Table:
     for header in ("release", *contract.STEPS, "on disk", "accuracy", "built at", "built from"):
         result.add_column(header)
     for release in reversed(repository.releases(pipeline)):
-        missing = [
-            contract.step_model(pipeline, step)
-            for step, pin in release.steps.items()
-            if pin.version not in repository.complete_versions(pipeline, step)
-        ]
+        lacks = [f"{model} {how}" for model, how in repository.lacks(release).items()]
         result.add_row(
             release.name,
             *(f"{pin.version} ({pin.digest[:8]})" for pin in release.steps.values()),
-            f"lacks {', '.join(missing)}" if missing else "complete",
+            ", ".join(lacks) or "complete",
             str(release.evaluation.get("accuracy", "-")),
             release.built_at,
             release.built_from,

@@ -17,6 +17,9 @@ from export.graph import content_digest
 REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
 """The repository of this checkout."""
 
+VERDICT = "verdict.json"
+"""What the exam says of a dropped version, in its folder; no part of its content."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -42,7 +45,7 @@ class Step:
         Raises:
             google.protobuf.message.DecodeError: its model.onnx is no ONNX file.
         """
-        paths = [p for p in sorted(folder.glob("*")) if p.is_file() and not p.name.startswith(".")]
+        paths = [p for p in sorted(folder.glob("[!.]*")) if p.is_file() and p.name != VERDICT]
         if not paths:
             return None
         files = {path.name: path.read_bytes() for path in paths}
@@ -61,6 +64,11 @@ def digest_of(files: Iterable[tuple[str, bytes]]) -> str:
     for name, content in files:
         digest.update(name.encode() + b"\0" + hashlib.sha256(content).digest())
     return digest.hexdigest()
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file may be a picture: plain, and not hidden."""
+    return path.is_file() and not path.name.startswith(".")
 
 
 def load_module(path: Path) -> ModuleType:

@@ -1,0 +1,239 @@
+"""`python -m export release`: examine a pipeline as a whole, and publish it where it passes.
+
+The one way into a repository: the export of a checkpoint or an ONNX file, a version that was dropped, and the watcher
+all come through `release`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+import contract
+from contract import Manifest
+from export import config, exam
+from export.atomic import Staging
+from export.exam import GOLDEN, Report, Rules, Verdict
+from export.examinee import Check
+from export.repository import Candidate, Published, Repository, RepositoryError
+from export.steps import REPOSITORY, VERDICT, Step
+
+ROOT = Path(__file__).resolve().parent
+
+_EPILOG = """examples:
+  python -m export release --classifier 4                  the dropped defect_classifier/4, with the newest other steps
+  python -m export release --classifier 4 --preprocess 2   two steps that belong together
+  python -m export release --classifier 4 --data photos    and is it right on labelled pictures, a folder a label?
+
+A candidate that fails stays where it is, with the verdict in verdict.json beside it; Triton never sees it. --force
+overrules agreement, accuracy and cost, says so loudly, and is recorded in the release.
+"""
+
+
+class Refused(ValueError):
+    """The exam was not passed; `verdict` says what failed."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict.cause)
+        self.verdict = verdict
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """How candidates are examined and published: the same for the command, the export and the watcher."""
+
+    repository: Repository
+    serving: config.Serving
+    rules: Rules
+    golden: Path = GOLDEN
+    data: Path | None = None
+    force: bool = False
+
+    def release(self, candidate: Candidate, report: Report) -> Published:
+        """Examine a candidate and publish it; complete what is published already.
+
+        Raises:
+            Refused: it did not pass.
+            RepositoryError: the repository is not what its releases say, or the candidate does not fit it.
+        """
+        if self.repository.published(candidate):
+            return self.repository.publish(candidate, self.serving)
+        self.repository.require_fit(candidate, self.serving)
+        with tempfile.TemporaryDirectory(prefix="exam-") as scratch:
+            folders = {}
+            for step, content in candidate.steps.items():
+                number = candidate.numbers.get(step, 0)
+                folders[step] = Path(scratch, contract.step_model(candidate.pipeline, step), str(number))
+                folders[step].mkdir(parents=True)
+                for name, data in content.files.items():
+                    (folders[step] / name).write_bytes(data)
+            subject = exam.Subject(
+                folders=folders,
+                current=self._current(candidate.pipeline),
+                configs=self.repository.rendered(candidate, self.serving),
+                labels=candidate.labels,
+                golden=self.golden,
+                data=self.data,
+            )
+            outcome = exam.examine(subject, self.rules, report, force=self.force)
+        if not outcome.verdict.passed:
+            raise Refused(outcome.verdict)
+        passed = replace(
+            candidate,
+            evaluation={**candidate.evaluation, **outcome.verdict.evaluation},
+            exam=outcome.verdict.summary(),
+            golden=outcome.golden,
+            tolerance=self.rules.tolerance,
+        )
+        return self.repository.publish(passed, self.serving)
+
+    def release_drop(self, pipeline: str, numbers: Mapping[str, int], report: Report) -> Published:
+        """Examine dropped versions, the steps not named being those of the newest release, and publish.
+
+        Raises:
+            Refused: they did not pass; the verdict was written beside each of them.
+            RepositoryError: as for `release`.
+        """
+        folders = {step: self.repository.step_folder(pipeline, step, number) for step, number in numbers.items()}
+        seen = {step: exam.state_of(folder) for step, folder in folders.items()}
+        try:
+            published = self.release(self._drop(pipeline, numbers), report)
+        except Refused as refusal:
+            for step, folder in folders.items():
+                write_verdict(self.repository, folder, refusal.verdict.model_copy(update={"seen": seen[step]}))
+            raise
+        for folder in folders.values():
+            with suppress(OSError):
+                (folder / VERDICT).unlink(missing_ok=True)
+        return published
+
+    def _drop(self, pipeline: str, numbers: Mapping[str, int]) -> Candidate:
+        newest = self._newest(pipeline)
+        if newest is None:
+            raise RepositoryError(f"{pipeline} has no release to take the other steps from: export one first")
+        steps = {}
+        for step in contract.STEPS:
+            folder = self.repository.step_folder(pipeline, step, numbers.get(step, newest.steps[step].version))
+            if problem := exam.files_problem(step, folder):
+                raise Refused(Verdict(passed=False, checks=[Check(name="files", passed=False, detail=problem)]))
+            content = Step.read(folder)
+            assert content is not None
+            steps[step] = content
+        dropped = ", ".join(f"{contract.step_model(pipeline, step)}/{n}" for step, n in sorted(numbers.items()))
+        return Candidate(
+            pipeline=pipeline,
+            labels=newest.labels,
+            size=self.repository.size(pipeline),
+            steps=steps,
+            built_from=dropped,
+            evaluation={},
+            numbers={step: numbers.get(step, newest.steps[step].version) for step in contract.STEPS},
+        )
+
+    def _newest(self, pipeline: str) -> Manifest | None:
+        """The newest release whose versions are all there."""
+        sound = (r for r in reversed(self.repository.releases(pipeline)) if not self.repository.lacks(r))
+        return next(sound, None)
+
+    def _current(self, pipeline: str) -> dict[str, Path] | None:
+        newest = self._newest(pipeline)
+        if newest is None:
+            return None
+        return {step: self.repository.step_folder(pipeline, step, pin.version) for step, pin in newest.steps.items()}
+
+
+def write_verdict(repository: Repository, folder: Path, verdict: Verdict) -> None:
+    """Put the verdict into the folder that it is on, where that can be written."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    with suppress(OSError), Staging.beside(repository.root) as staging:
+        staging.write_file(folder / VERDICT, (json.dumps(verdict.model_dump(), indent=2) + "\n").encode())
+
+
+def verdict_of(folder: Path) -> Verdict | None:
+    """The verdict that lies in a version's folder; None where there is none that can be read."""
+    try:
+        return Verdict.model_validate_json((folder / VERDICT).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def add_options(parse: argparse.ArgumentParser) -> None:
+    """The options of everything that examines."""
+    parse.add_argument("--repository", type=Path, default=REPOSITORY, metavar="DIR", help="default: model_repository")
+    parse.add_argument("--serving", type=Path, default=ROOT / "serving.toml", metavar="FILE", help="how Triton serves")
+    parse.add_argument("--rules", type=Path, default=ROOT / "exam.toml", metavar="FILE", help="what must be shown")
+    parse.add_argument("--golden", type=Path, default=GOLDEN, metavar="DIR", help="pictures to examine with")
+    parse.add_argument("--data", type=Path, metavar="DIR", help="labelled pictures, a folder a label")
+
+
+def examiner_of(options: argparse.Namespace) -> Examiner:
+    """The examiner that the options describe.
+
+    Raises:
+        ValueError, OSError: a settings file is wrong or cannot be read.
+    """
+    return Examiner(
+        repository=Repository(options.repository),
+        serving=config.Serving.read(options.serving),
+        rules=Rules.read(options.rules),
+        golden=options.golden,
+        data=options.data,
+        force=getattr(options, "force", False),
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Examine and publish dropped versions; 0 when they are a release, 1 when they were refused."""
+    parse = argparse.ArgumentParser(
+        prog="python -m export release",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for step in contract.STEPS:
+        parse.add_argument(f"--{step}", type=int, metavar="N", help=f"the number of the {step} step")
+    parse.add_argument("--pipeline", default="defect", metavar="NAME", help="default: defect")
+    parse.add_argument("--force", action="store_true", help="overrule agreement, accuracy and cost")
+    add_options(parse)
+    options = parse.parse_args(arguments)
+    numbers = {step: number for step in contract.STEPS if (number := getattr(options, step)) is not None}
+    if not numbers:
+        parse.error("name at least one step: --classifier N, --preprocess N or --postprocess N")
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        published = examiner_of(options).release_drop(options.pipeline, numbers, reporter(console))
+    except Refused as refusal:
+        console.print(f"refused: {refusal}", style="red", markup=False)
+        return 1
+    except (RepositoryError, ValueError, OSError) as error:
+        console.print(f"not released: {error}", style="red", markup=False)
+        return 1
+    print(published.manifest.name)
+    return 0
+
+
+def reporter(console: Console) -> Report:
+    """Shows checks as lines, and what is going on as a line that goes away."""
+
+    def report(line: str) -> None:
+        if line.startswith("... "):
+            if console.is_terminal:
+                console.print(line, style="dim", markup=False, end="\r")
+        else:
+            style = "red" if line.startswith(("NO", "FORCED")) else None
+            console.print(line, style=style, markup=False)
+
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())
