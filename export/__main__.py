@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 import contract
-from export import candidate, doctor, graph, release, status
+from export import candidate, diff, doctor, graph, release, retire, status, watch
 from export.release import Refused
 from export.repository import RepositoryError
 from export.spec import Spec
@@ -20,7 +20,10 @@ _EPILOG = """examples:
   python -m export --onnx fruit.onnx --spec fruit.toml     a model of your own -> <name in the spec>-v<n>
   python -m export --to model.onnx                         the classifier alone, to be dropped into a repository
   python -m export release --classifier 4                  examine a dropped version, publish it if it passes
-  python -m export status                                  the releases in a repository, and what each pins
+  python -m export watch                                   do that with whatever is dropped, for ever
+  python -m export status                                  what is published, refused and routed
+  python -m export diff defect-v1 defect-v2                what changed, in the steps and in the answers
+  python -m export retire defect-v1                        take a release back
   python -m export doctor                                  look at a repository for what would hurt Triton
 
 Content that is published already keeps its number: running twice changes nothing.
@@ -50,7 +53,14 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Export and publish; 0 when the release is complete, 1 when it was refused (the reason is on stderr)."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"doctor": doctor.main, "release": release.main, "status": status.main}
+    commands = {
+        "diff": diff.main,
+        "doctor": doctor.main,
+        "release": release.main,
+        "retire": retire.main,
+        "status": status.main,
+        "watch": watch.main,
+    }
     for name, command in commands.items():
         if arguments[:1] == [name]:
             return command(arguments[1:])

@@ -164,8 +164,8 @@ def files_problem(step: str, folder: Path) -> str:
 
 
 def state_of(folder: Path) -> str:
-    """The files of a version as the file system shows them: their names, sizes and dates. No content is read."""
-    entries = []
+    """A version as the file system shows it: rights, names, sizes and dates. No content is read."""
+    entries = [f"{folder.lstat().st_mode:o}"]
     for path in sorted(folder.rglob("*")):
         if path.name != VERDICT:
             with suppress(OSError):
@@ -254,5 +254,7 @@ def _limit(rules: Rules) -> None:
     """In the child: memory bounded, and never ahead of a server that answers requests."""
     size = int(rules.memory_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    seconds = int(rules.timeout_s) + 1  # should the parent be killed, it ends nevertheless
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(10)

@@ -105,7 +105,10 @@ class Examiner:
         folders = {step: self.repository.step_folder(pipeline, step, number) for step, number in numbers.items()}
         seen = {step: exam.state_of(folder) for step, folder in folders.items()}
         try:
-            published = self.release(self._drop(pipeline, numbers), report)
+            candidate = self._drop(pipeline, numbers)
+            if known := self.repository.published(candidate):
+                self._require_new(known, numbers)
+            published = self.release(candidate, report)
         except Refused as refusal:
             for step, folder in folders.items():
                 write_verdict(self.repository, folder, refusal.verdict.model_copy(update={"seen": seen[step]}))
@@ -114,6 +117,14 @@ class Examiner:
             with suppress(OSError):
                 (folder / VERDICT).unlink(missing_ok=True)
         return published
+
+    @staticmethod
+    def _require_new(known: Manifest, numbers: Mapping[str, int]) -> None:
+        for step, number in numbers.items():
+            if known.steps[step].version != number:
+                model = contract.step_model(known.pipeline, step)
+                detail = f"{model}/{number} is what {model}/{known.steps[step].version} holds: {known.name} serves it"
+                raise Refused(Verdict(passed=False, checks=[Check(name="new", passed=False, detail=detail)]))
 
     def _drop(self, pipeline: str, numbers: Mapping[str, int]) -> Candidate:
         newest = self._newest(pipeline)

@@ -94,6 +94,20 @@ class Repository:
                 raise RepositoryError(f"{path}: {error}") from None
         return sorted(manifests, key=lambda manifest: manifest.number)
 
+    def release(self, name: str) -> Manifest:
+        """A release by its name.
+
+        Raises:
+            RepositoryError: there is none of that name.
+        """
+        parsed = contract.parse_release_name(name)
+        releases = self.releases(parsed[0]) if parsed else []
+        for release in releases:
+            if release.name == name:
+                return release
+        there = ", ".join(release.name for release in releases) or "none of its pipeline"
+        raise RepositoryError(f"there is no release {name}; there is {there}")
+
     def retired(self, pipeline: str) -> dict[str, dict[str, StepPin]]:
         """The pins of the retired releases of a pipeline, by name.
 
@@ -151,6 +165,23 @@ class Repository:
         """The numbered folders of a step, whether or not a release pins them."""
         folder = self.root / contract.step_model(pipeline, step)
         return sorted(int(path.name) for path in folder.glob("*") if path.is_dir() and is_version(path.name))
+
+    def unpinned(self, pipeline: str, step: str) -> dict[int, list[str]]:
+        """The versions of a step that no release pins, and the retired releases that each is left from.
+
+        One that is left from none is a drop.
+        """
+        pinned = {release.steps[step].version for release in self.releases(pipeline)}
+        retired = self.retired(pipeline)
+        return {
+            version: [
+                name
+                for name, pins in retired.items()
+                if pins[step] == StepPin(version, self._digest(self.step_folder(pipeline, step, version)))
+            ]
+            for version in self.versions(pipeline, step)
+            if version not in pinned
+        }
 
     def template(self, pipeline: str, step: str) -> Step:
         """The code of a Python step to start from: that of the newest release, of this pipeline or else of `defect`.
@@ -233,14 +264,9 @@ class Repository:
         Raises:
             RepositoryError: there is no such release, or it is the pipeline's only one.
         """
-        parsed = contract.parse_release_name(name)
         with Staging.beside(self.root) as staging:
-            releases = self.releases(parsed[0]) if parsed else []
-            manifest = next((release for release in releases if release.name == name), None)
-            if manifest is None:
-                there = ", ".join(release.name for release in releases) or "no release of that pipeline"
-                raise RepositoryError(f"there is no {name}; there is {there}")
-            if len(releases) == 1:
+            manifest = self.release(name)
+            if len(self.releases(manifest.pipeline)) == 1:
                 raise RepositoryError(f"{name} is the only release: publish another one first")
             path = self.root / RETIRED
             recorded = json.loads(path.read_text()) if path.is_file() else {}

@@ -37,7 +37,7 @@ def test_what_is_missing_and_what_no_release_pins_is_said(repository: Path, caps
     (repository / "defect_preprocess/4").mkdir()
     code, text = status(repository, capsys)
     assert code == 0
-    assert "lacks defect_classifier" in text
+    assert "defect_classifier missing" in text
     assert "not in a release: defect_preprocess/4" in text
 
 

@@ -1,6 +1,6 @@
-"""`python -m triton_runtime.stack`: export if needed, Triton, the gateway, and one prediction to prove them.
+"""`python -m triton_runtime.stack`: export if needed, then Triton, gateway and watcher, and one prediction as proof.
 
-What `make serve` runs. The gateway is a process like any other here; nothing of it is imported.
+What `make serve` runs. Gateway and watcher are processes like any other here; nothing of them is imported.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Self
 
 from triton_runtime.installation import Missing, check_port, port_from_environment
 from triton_runtime.server import Endpoint, TritonFailed, TritonServer, die_with_parent
@@ -24,27 +25,33 @@ ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "examples" / "parcel-damaged.jpg"
 
 
-class Gateway:
-    """The gateway as a child process in front of `triton`. Leaving the context lets it finish what it admitted."""
+class Child:
+    """`python -m <arguments>` as a child process. Leaving the context lets it finish what it has begun."""
 
-    def __init__(self, triton: Endpoint, address: str, port: int) -> None:
-        self.url = f"http://{address}:{port}"
-        environment = {**os.environ, "GATEWAY_TRITON_URL": triton.grpc_url}
+    def __init__(self, *arguments: str, **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "gateway"],
-            env=environment,
+            [sys.executable, "-m", *arguments],
+            env={**os.environ, **environment},
             cwd=ROOT,
             start_new_session=True,
             preexec_fn=die_with_parent,
         )
 
-    def __enter__(self) -> Gateway:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         self.process.wait()
+
+
+class Gateway(Child):
+    """The gateway in front of `triton`."""
+
+    def __init__(self, triton: Endpoint, address: str, port: int) -> None:
+        super().__init__("gateway", GATEWAY_TRITON_URL=triton.grpc_url)
+        self.url = f"http://{address}:{port}"
 
     def predict(self, picture: Path, timeout: float) -> dict:
         """Send one picture until it is answered.
@@ -87,14 +94,15 @@ def main(arguments: list[str] | None = None) -> int:
 def _serve(options: argparse.Namespace) -> int:
     address, port = os.environ.get("GATEWAY_HOST", "127.0.0.1"), port_from_environment("GATEWAY_PORT", 8080)
     check_port(address, port, "GATEWAY_PORT")
-    exporting = [sys.executable, "-m", "export", "--if-missing", "--repository", str(options.repository.resolve())]
+    repository = ["--repository", str(options.repository.resolve())]
+    exporting = [sys.executable, "-m", "export", "--if-missing", *repository]
     if subprocess.run(exporting, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
         return 1
     endpoint = Endpoint.from_environment()
     print("starting Triton ...", file=sys.stderr, flush=True)
     with TritonServer(options.repository, endpoint, verbose=options.verbose) as triton:
         triton.wait_until_ready()
-        with Gateway(endpoint, address, port) as gateway:
+        with Gateway(endpoint, address, port) as gateway, Child("export", "watch", *repository) as watcher:
             answer = gateway.predict(SAMPLE, timeout=30)
             print(f"{answer['model_version']}: {SAMPLE.name} is {answer['label']} ({answer['confidence']:.2f})")
             print(f"ready: {gateway.url}")
@@ -102,8 +110,9 @@ def _serve(options: argparse.Namespace) -> int:
             print(
                 f"try: curl -H 'Content-Type: image/jpeg' --data-binary @{sample} {gateway.url}/v1/predict", flush=True
             )
+            processes = {"triton": triton.process, "gateway": gateway.process, "watcher": watcher.process}
             while True:
-                for name, process in {"triton": triton.process, "gateway": gateway.process}.items():
+                for name, process in processes.items():
                     if process.poll() is not None:
                         raise TritonFailed(f"{name} ended by itself with status {process.returncode}")
                 time.sleep(0.5)
