@@ -49,10 +49,9 @@ class Golden:
         """
         if set(scores) != set(self.scores):
             return f"{self.name}: the labels are {', '.join(scores)} instead of {', '.join(self.scores)}"
-        name = max(scores, key=lambda each: abs(scores[each] - self.scores[each]))
-        delta = abs(scores[name] - self.scores[name])
-        if not delta <= tolerance:  # NaN differs from everything
-            return f"{self.name}: {name} {scores[name]:.4f} instead of {self.scores[name]:.4f}, allowed {tolerance:g}"
+        for name, recorded in self.scores.items():
+            if not abs(scores[name] - recorded) <= tolerance:  # NaN differs from everything
+                return f"{self.name}: {name} {scores[name]:.4f} instead of {recorded:.4f}, allowed {tolerance:g}"
         first, second = sorted(self.scores.values(), reverse=True)[:2]
         if label != self.label and first - second > 2 * tolerance:
             return f"{self.name}: called {label} instead of {self.label}"

@@ -1,0 +1,520 @@
+"""Bad drops: refused with their cause, and felt by nobody - not by a running Triton, not by its next cold start."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import tritonclient.grpc as triton_grpc
+
+from export import candidate, config, doctor, exam
+from export.__main__ import main
+from export.exam import Rules, Verdict
+from export.release import Examiner
+from export.repository import Repository
+from export.steps import VERDICT
+from export.watch import Watcher
+from tests import drops
+from tests.conftest import EXAMPLES, ROOT, free_endpoint, wait_for
+from tests.test_export import SERVING, snapshot
+from triton_runtime.server import TritonServer
+
+PICTURE = EXAMPLES[0].read_bytes()
+
+
+@pytest.fixture(scope="module")
+def tiny_only(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with one small pipeline, `tiny`, published as a user would. Shared: copy it before changing it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    root = Path(shutil.copytree(pristine, folder / "model_repository"))
+    onnx.save(drops.network(0.0), folder / "tiny.onnx")
+    built = candidate.from_onnx(folder / "tiny.onnx", drops.SPEC, Repository(root), lambda _: None)
+    Examiner(Repository(root), SERVING, Rules()).release(built, lambda _: None)
+    for path in root.glob("defect*"):
+        shutil.rmtree(path)
+    return root
+
+
+@pytest.fixture
+def tiny(tiny_only: Path, tmp_path: Path) -> Repository:
+    return Repository(Path(shutil.copytree(tiny_only, tmp_path / "model_repository")))
+
+
+def watcher_of(repository: Repository, events: list[dict], settle_s: float = 0.0, **rules: float) -> Watcher:
+    examiner = Examiner(repository, SERVING, Rules(**{"timeout_s": 20, **rules}))
+    return Watcher(examiner, settle_s, lambda line: events.append(json.loads(line)))
+
+
+def names(events: list[dict]) -> list[str]:
+    return [event["event"] for event in events if event["event"] != "check"]
+
+
+def drop(repository: Repository, number: int, bias: float = -0.1) -> Path:
+    folder = repository.step_folder("tiny", "classifier", number)
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(drops.sealed(bias).SerializeToString())
+    return folder
+
+
+def answer(server: TritonServer, release: str = "tiny-v1") -> str:
+    """The label of a release, straight from Triton."""
+    client = triton_grpc.InferenceServerClient(server.endpoint.grpc_url)
+    tensor = triton_grpc.InferInput("IMAGE", [1, 1], "BYTES")
+    tensor.set_data_from_numpy(np.array([[PICTURE]], np.object_))
+    result = client.infer(release, [tensor], client_timeout=30)
+    assert result.as_numpy("ERROR")[0, 0] == b""
+    return str(result.as_numpy("LABEL")[0, 0].decode())
+
+
+class Served:
+    """A repository that gathers drop after drop, and a Triton on it that is started anew after each."""
+
+    def __init__(self, root: Path) -> None:
+        self.repository = Repository(root)
+        self.events: list[dict] = []
+        self.watcher = watcher_of(self.repository, self.events)
+        self.visible = self.what_triton_may_see()
+        self.start()
+
+    def what_triton_may_see(self) -> dict[str, bytes]:
+        files = snapshot(self.repository.root)
+        pattern = re.compile(r"[^/]+/config\.pbtxt|tiny_\w+/1/.*|tiny-v1/.*")
+        return {name: content for name, content in files.items() if pattern.fullmatch(name)}
+
+    def start(self) -> None:
+        self.server = TritonServer(self.repository.root, free_endpoint(), poll_seconds=1)
+        self.server.__enter__()
+        assert self.server.wait_until_ready() == ["tiny-v1"]
+
+    def kill(self) -> None:
+        self.server.process.kill()
+        self.server.__exit__()
+
+
+@pytest.fixture(scope="module")
+def served(tiny_only: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    root = tmp_path_factory.mktemp("served") / "model_repository"
+    each = Served(Path(shutil.copytree(tiny_only, root)))
+    yield each
+    each.kill()
+
+
+@pytest.mark.parametrize("kind", list(drops.BROKEN))
+def test_a_broken_drop_is_refused_with_its_cause_and_hurts_nobody(served: Served, kind: str) -> None:
+    """All drops stay, so each cold start has every earlier one to live with as well."""
+    broken = drops.BROKEN[kind]
+    number = 1 + max(served.repository.versions("tiny", broken.step))
+    folder = served.repository.step_folder("tiny", broken.step, number)
+    folder.mkdir()
+    broken.make(folder)
+    served.events.clear()
+    served.watcher.look()  # sees it
+    served.watcher.look()  # and, unchanged since, examines it
+    assert names(served.events)[-1] == "refused", served.events
+    assert re.search(broken.cause, served.events[-1]["cause"])
+    if not folder.is_symlink():
+        verdict = Verdict.model_validate_json((folder / VERDICT).read_bytes())
+        assert verdict.cause == served.events[-1]["cause"]
+
+    assert served.what_triton_may_see() == served.visible
+    assert answer(served.server)  # the running one
+    served.kill()
+    served.start()
+    assert answer(served.server)  # after a cold start
+
+
+def test_a_good_drop_among_all_the_bad_ones_is_served(served: Served) -> None:
+    """Links in a loop and files that cannot be dated are in the way of Triton's poll; releases come through."""
+    number = 1 + max(served.repository.versions("tiny", "classifier"))
+    drop(served.repository, number)
+    served.watcher.look()
+    served.watcher.look()
+    assert names(served.events)[-1] == "published"
+    wait_for(lambda: served.server._ready("tiny-v2"))
+    assert answer(served.server, "tiny-v2")
+
+
+def test_the_corpus_is_as_large_as_it_claims() -> None:
+    assert len(drops.BROKEN) >= 45
+
+
+def test_a_refused_drop_is_examined_once_also_after_a_restart_and_again_when_it_changes(tiny: Repository) -> None:
+    events: list[dict] = []
+    folder = drop(tiny, 2)
+    good = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(good[:500])
+    watcher = watcher_of(tiny, events)
+    for _ in range(4):
+        watcher.look()
+    assert names(events) == ["seen", "examining", "refused"]
+    again = watcher_of(tiny, events)
+    for _ in range(3):
+        again.look()
+    assert names(events) == ["seen", "examining", "refused"]
+    (folder / "model.onnx").write_bytes(good)
+    for _ in range(3):
+        again.look()
+    assert names(events)[3:] == ["changed", "examining", "published"]
+    assert not (folder / VERDICT).exists()
+    assert [r.name for r in tiny.releases("tiny")] == ["tiny-v1", "tiny-v2"]
+
+
+def test_a_drop_is_left_alone_while_it_is_being_copied(tiny: Repository) -> None:
+    """Slowly, in several writes; nothing is examined before it stood still for the time to settle."""
+    events: list[dict] = []
+    watcher = watcher_of(tiny, events, settle_s=1.0)
+    content = drops.sealed().SerializeToString()
+    folder = tiny.step_folder("tiny", "classifier", 2)
+    folder.mkdir()
+    with (folder / "model.onnx").open("wb") as file:
+        for start in range(0, len(content), 1 + len(content) // 10):
+            file.write(content[start : start + 1 + len(content) // 10])
+            file.flush()
+            watcher.look()
+            time.sleep(0.25)
+    assert "examining" not in names(events)
+    wait_for(lambda: watcher.look() or "published" in names(events), 30)
+    assert tiny.releases("tiny")[-1].steps["classifier"].version == 2
+
+
+def test_a_drop_that_is_taken_away_is_forgotten(tiny: Repository) -> None:
+    events: list[dict] = []
+    watcher = watcher_of(tiny, events, settle_s=60)
+    folder = drop(tiny, 2)
+    watcher.look()
+    shutil.rmtree(folder)
+    watcher.look()
+    assert names(events) == ["seen", "gone"]
+
+
+def test_several_drops_at_once_become_one_release_each(tiny: Repository) -> None:
+    for number, bias in ((2, -0.1), (3, -0.2), (4, -0.3)):
+        drop(tiny, number, bias)
+    events: list[dict] = []
+    watcher = watcher_of(tiny, events)
+    watcher.look()
+    watcher.look()
+    assert [event["release"] for event in events if event["event"] == "published"] == ["tiny-v2", "tiny-v3", "tiny-v4"]
+    assert [r.steps["classifier"].version for r in tiny.releases("tiny")] == [1, 2, 3, 4]
+
+
+def test_what_only_looks_like_a_version_is_named_and_harms_nothing(tiny: Repository, tmp_path: Path) -> None:
+    step = tiny.root / "tiny_classifier"
+    for stray in ("2.tmp", "1.old", "03", "4 copy"):
+        (step / stray).mkdir()
+        (step / stray / "model.onnx").write_bytes(b"half")
+    events: list[dict] = []
+    watcher = watcher_of(tiny, events)
+    watcher.look()
+    watcher.look()
+    assert {event["path"] for event in events} == {
+        f"tiny_classifier/{stray}" for stray in ("2.tmp", "1.old", "03", "4 copy")
+    }
+    assert names(events) == ["stray"] * 4
+    assert any("starts with a digit" in finding.problem for finding in doctor.inspect(tiny.root))
+    with TritonServer(tiny.root, free_endpoint(), poll_seconds=1) as server:
+        server.wait_until_ready()
+        assert answer(server)
+        drop(tiny, 5)
+        watcher.look()
+        watcher.look()
+        assert names(events)[-1] == "published"
+        wait_for(lambda: server._ready("tiny-v2"))
+        assert answer(server, "tiny-v2")
+
+
+def test_a_full_disk_while_publishing_leaves_all_as_it_was_and_is_tried_again(
+    tiny: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[dict] = []
+    watcher = watcher_of(tiny, events)
+    folder = drop(tiny, 2)
+    before = snapshot(tiny.root)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("export.atomic._write", full)
+        watcher.look()
+        watcher.look()
+    assert names(events)[-1] == "trouble"
+    assert "No space left" in events[-1]["error"]
+    assert snapshot(tiny.root) == before
+    os.utime(folder / "model.onnx")  # as if copied once more; by itself it would be tried again after a while
+    watcher.look()
+    watcher.look()
+    assert names(events)[-1] == "published"
+
+
+KILLED = """
+import itertools, os, signal, sys
+calls = itertools.count(1)
+def dying(real):
+    def call(*arguments):
+        if next(calls) == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments)
+    return call
+for name in ("rename", "replace", "fsync"):
+    setattr(os, name, dying(getattr(os, name)))
+from pathlib import Path
+from export.config import Serving
+from export.exam import Rules
+from export.release import Examiner
+from export.repository import Repository
+examiner = Examiner(Repository(Path(sys.argv[2])), Serving.read(Path("export/serving.toml")), Rules())
+examiner.repository.publish(examiner._drop("tiny", {"classifier": 2}), examiner.serving)  # the exam was passed
+"""
+
+
+def test_killed_at_every_step_of_publishing(tiny: Repository) -> None:
+    """SIGKILL before each rename and each flush: a cold start serves what was there, and the watcher finishes."""
+    drop(tiny, 2)
+    pristine = Path(shutil.copytree(tiny.root, tiny.root.parent / "pristine"))
+    killed = 0
+    for step in range(1, 100):
+        shutil.rmtree(tiny.root)
+        shutil.copytree(pristine, tiny.root)
+        run = subprocess.run([sys.executable, "-c", KILLED, str(step), str(tiny.root)], cwd=ROOT, capture_output=True)
+        if run.returncode == 0:
+            break
+        assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+        killed += 1
+        with TritonServer(tiny.root, free_endpoint(), poll_seconds=1) as server:
+            server.wait_until_ready()
+            assert answer(server)
+            server.process.kill()
+        watcher = watcher_of(Repository(tiny.root), events := [])
+        watcher.look()
+        watcher.look()
+        assert [r.name for r in tiny.releases("tiny")] == ["tiny-v1", "tiny-v2"], events
+        assert not [finding for finding in doctor.inspect(tiny.root) if finding.severity == "error"]
+    assert killed >= 5
+
+
+@pytest.mark.parametrize("damage", ["removed", "edited", "truncated"])
+def test_a_published_version_that_is_damaged_is_taken_out_of_sight(
+    tiny: Repository, damage: str, tmp_path: Path
+) -> None:
+    """At a cold start it would fail the model, and every release with it."""
+    folder = drop(tiny, 2)
+    events: list[dict] = []
+    watcher = watcher_of(tiny, events)
+    watcher.look()
+    watcher.look()
+    good = (folder / "model.onnx").read_bytes()
+    if damage == "removed":
+        shutil.rmtree(folder)
+    elif damage == "edited":
+        (folder / "model.onnx").write_bytes(drops.sealed(-0.4).SerializeToString())
+    else:
+        (folder / "model.onnx").write_bytes(good[:300])
+    watcher.look()
+    assert "repaired" in names(events)
+    with TritonServer(tiny.root, free_endpoint(), poll_seconds=1) as server:
+        wait_for(lambda: server._ready("tiny-v1"))
+        assert answer(server, "tiny-v1")
+        folder.mkdir(exist_ok=True)
+        (folder / "model.onnx").write_bytes(good)
+        watcher.look()
+        wait_for(lambda: server._ready("tiny-v2"))
+        assert answer(server, "tiny-v2")
+
+
+# ---- the command, and what a release records ----
+
+
+def test_force_overrules_a_judgement_loudly_and_is_recorded(
+    tiny: Repository, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.step_folder("tiny", "classifier", 2)
+    folder.mkdir()
+    drops.BROKEN["swapped outputs"].make(folder)
+    command = ["release", "--pipeline", "tiny", "--classifier", "2", "--repository", str(tiny.root)]
+    assert main(command) == 1
+    assert "refused: agreement" in capsys.readouterr().err
+    assert main([*command, "--force"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "tiny-v2\n"
+    assert "FORCED: published although it failed agreement" in said.err
+    assert tiny.release("tiny-v2").exam["forced"] is True
+    assert main(["status", "--repository", str(tiny.root)]) == 0
+    assert "forced" in capsys.readouterr().out
+
+
+def test_force_does_not_overrule_a_fact(tiny: Repository, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny.step_folder("tiny", "classifier", 2)
+    folder.mkdir()
+    drops.BROKEN["not a number"].make(folder)
+    command = ["release", "--pipeline", "tiny", "--classifier", "2", "--repository", str(tiny.root), "--force"]
+    assert main(command) == 1
+    assert "answers" in capsys.readouterr().err
+    assert len(tiny.releases("tiny")) == 1
+
+
+def test_steps_that_belong_together_are_one_release(tiny: Repository) -> None:
+    """Alone, either would be refused: together they mean the same as before."""
+    for step, kind in (("classifier", "swapped outputs"), ("postprocess", "swapped decisions")):
+        folder = tiny.step_folder("tiny", step, 2)
+        folder.mkdir()
+        drops.BROKEN[kind].make(folder)
+    command = ["release", "--pipeline", "tiny", "--repository", str(tiny.root)]
+    assert main([*command, "--classifier", "2"]) == 1
+    assert main([*command, "--postprocess", "2"]) == 1
+    assert main([*command, "--classifier", "2", "--postprocess", "2"]) == 0
+    assert {step: pin.version for step, pin in tiny.release("tiny-v2").steps.items()} == {
+        "preprocess": 1,
+        "classifier": 2,
+        "postprocess": 2,
+    }
+
+
+def test_labelled_pictures_decide_on_accuracy(tiny: Repository, tmp_path: Path) -> None:
+    def labelled(right: bool) -> Path:
+        folder = tmp_path / str(right)
+        for path in exam.GOLDEN.iterdir():
+            label = next(g.label for g in tiny.release("tiny-v1").golden if g.name == path.name)
+            if not right:
+                label = "dark" if label == "light" else "light"
+            (folder / label).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / label)
+        for label in ("dark", "light"):
+            (folder / label).mkdir(exist_ok=True)
+        return folder
+
+    drop(tiny, 2, 0.01)
+    command = ["release", "--pipeline", "tiny", "--repository", str(tiny.root), "--classifier", "2", "--data"]
+    kinds = {golden.label for golden in tiny.release("tiny-v1").golden}
+    assert kinds == {"dark", "light"}, "the golden pictures must tell the labels apart"
+    assert main([*command, str(labelled(False))]) == 1
+    verdict = Verdict.model_validate_json((tiny.step_folder("tiny", "classifier", 2) / VERDICT).read_bytes())
+    assert "accuracy: 0.000 of 8 pictures" in verdict.cause
+    assert main([*command, str(labelled(True))]) == 0
+    assert tiny.release("tiny-v2").evaluation["accuracy"] == 1.0
+
+
+def test_a_release_carries_its_golden_pictures_and_answers(tiny: Repository) -> None:
+    release = tiny.release("tiny-v1")
+    assert {golden.name: golden.image for golden in release.golden} == {
+        path.name: path.read_bytes() for path in exam.GOLDEN.iterdir()
+    }
+    for golden in release.golden:
+        assert golden.difference(golden.label, golden.scores, 0.0) == ""
+        nearly = {label: score + 0.004 for label, score in golden.scores.items()}
+        assert golden.difference(golden.label, nearly, release.tolerance) == ""
+        off = {label: score + 0.01 for label, score in golden.scores.items()}
+        assert f"{golden.name}: " in golden.difference(golden.label, off, release.tolerance)
+        assert golden.difference(golden.label, {**golden.scores, "dark": float("nan")}, release.tolerance)
+        assert golden.difference(golden.label, {"dark": 1.0}, release.tolerance)
+
+
+def test_a_graph_can_be_written_for_a_drop(pristine: Path, tmp_path: Path) -> None:
+    target = tmp_path / "model.onnx"
+    before = snapshot(pristine)
+    assert main(["--to", str(target), "--repository", str(pristine)]) == 0
+    assert target.read_bytes() == (pristine / "defect_classifier/1/model.onnx").read_bytes()
+    assert snapshot(pristine) == before
+
+
+# ---- retiring ----
+
+
+def test_a_retired_release_is_gone_its_number_is_not_given_again_and_its_version_is_no_drop(
+    tiny: Repository, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drop(tiny, 2)
+    watcher = watcher_of(tiny, events := [])
+    watcher.look()
+    watcher.look()
+    routing = tiny.root.parent / "routing.toml"
+    routing.write_text('stable = "tiny-v1"\n')
+    command = ["retire", "--repository", str(tiny.root), "--routing", str(routing)]
+    assert main([*command, "tiny-v1"]) == 1
+    assert "routed to (stable)" in capsys.readouterr().err
+    assert main([*command, "tiny-v2"]) == 0
+    assert [r.name for r in tiny.releases("tiny")] == ["tiny-v1"]
+    policy = config.parse((tiny.root / "tiny_classifier/config.pbtxt").read_text()).version_policy.specific
+    assert list(policy.versions) == [1]
+    for _ in range(3):
+        watcher.look()
+    assert names(events)[-1] == "published", "the retired version is not examined again"
+    assert main(["status", "--repository", str(tiny.root), "--routing", str(routing)]) == 0
+    assert "tiny_classifier/2: of tiny-v2, retired" in capsys.readouterr().out
+
+    drop(tiny, 3, -0.3)
+    for _ in range(2):
+        watcher.look()
+    assert [r.name for r in tiny.releases("tiny")] == ["tiny-v1", "tiny-v3"]
+    assert main([*command, "tiny-v2"]) == 1
+    assert "there is no release tiny-v2; there is tiny-v1, tiny-v3" in capsys.readouterr().err
+
+
+def test_the_only_and_the_latest_release_are_not_retired(tiny: Repository, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = ["--routing", str(tiny.root / "nowhere.toml"), "--repository", str(tiny.root)]
+    with pytest.raises(ValueError, match="only release"):
+        tiny.retire("tiny-v1")
+    drop(tiny, 2)
+    watcher = watcher_of(tiny, [])
+    watcher.look()
+    watcher.look()
+    assert main(["retire", "tiny-v2", *nowhere]) == 1
+    assert "is the latest, which answers" in capsys.readouterr().err
+    assert main(["retire", "tiny-v1", *nowhere]) == 0
+
+
+def test_diff_says_what_changed(
+    tiny: Repository, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    folder = tiny.step_folder("tiny", "postprocess", 2)
+    folder.mkdir()
+    drops.python_step("postprocess", {"settings.json": lambda text: text.replace("0.5", "0.45", 1)})(folder)
+    command = ["--repository", str(tiny.root)]
+    assert main(["release", "--pipeline", "tiny", "--postprocess", "2", *command]) == 0
+    capsys.readouterr()
+    assert main(["diff", "tiny-v1", "tiny-v2", *command]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"tiny_postprocess\s+│ 1 \(\w{8}\)\s+│ 2 \(\w{8}\)", said)
+    assert '-    "dark": 0.5,' in said
+    assert '+    "dark": 0.45,' in said
+    for golden in tiny.release("tiny-v1").golden:
+        assert golden.name in said
+    assert main(["diff", "tiny-v1", "tiny-v9", *command]) == 1
+
+
+def test_the_watcher_runs_as_a_command_and_ends_in_order(tiny: Repository) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "export", "watch", "--repository", str(tiny.root), "--settle-s", "0.5"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    timer = threading.Timer(60, process.kill)
+    timer.start()
+    try:
+        drop(tiny, 2)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if json.loads(line)["event"] == "published":
+                break
+        assert json.loads(line)["release"] == "tiny-v2"
+        process.terminate()
+        assert process.wait(20) == 0
+    finally:
+        timer.cancel()
+        process.kill()
+        process.communicate()
