@@ -39,10 +39,12 @@ class Staging:
         finally:
             os.close(lock)
 
-    def write_file(self, target: Path, content: bytes) -> None:
-        """Create or replace one file."""
+    def write_file(self, target: Path, content: bytes, *, later_than_ns: int = 0) -> None:
+        """Create or replace one file, dated now or, if that is later, just after `later_than_ns`."""
         staged = Path(mkdtemp(dir=self.folder)) / target.name
         _write(staged, content)
+        if staged.stat().st_mtime_ns <= later_than_ns:
+            os.utime(staged, ns=(later_than_ns + 1_000_000_000,) * 2)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(staged, target)
         _flush(target.parent)

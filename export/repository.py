@@ -7,6 +7,7 @@ other way.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ class Repository:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._digests: dict[Path, tuple[object, str]] = {}
+        self._newest: dict[Path, int] = {}
 
     def pipelines(self) -> list[str]:
         """The names of the pipelines that have a release."""
@@ -234,7 +236,7 @@ class Repository:
             for step, content in self._step_configs(candidate, serving, live).items():
                 path = self.root / contract.step_model(candidate.pipeline, step) / "config.pbtxt"
                 if not path.is_file() or path.read_bytes() != content:
-                    staging.write_file(path, content)
+                    staging.write_file(path, content, later_than_ns=self._newest_date(path.parent))
                     written.append(path)
             folder = self.root / manifest.name
             if known is None:
@@ -282,6 +284,8 @@ class Repository:
         Finishes what a crash interrupted, and takes out what was removed or edited after it was published: at a cold
         start it would fail every release. Returns the configurations that were changed.
         """
+        for step in contract.STEPS:
+            self._newest_date(self.root / contract.step_model(pipeline, step))
         if not self._unsound(pipeline):
             return []
         with Staging.beside(self.root) as staging:
@@ -290,8 +294,21 @@ class Repository:
     def _show_what_is_sound(self, staging: Staging, pipeline: str) -> list[Path]:
         changed = self._unsound(pipeline)
         for path, content in changed.items():
-            staging.write_file(path, content)
+            staging.write_file(path, content, later_than_ns=self._newest_date(path.parent))
         return list(changed)
+
+    def _newest_date(self, folder: Path) -> int:
+        """The newest date that Triton may have met in a model's folder, in nanoseconds.
+
+        It takes notice of what is newer than that and of nothing else, so what is written here has to be: one drop
+        that is dated in the future, even after it was removed, would hide every later release.
+        """
+        dates = [self._newest.get(folder, 0)]
+        for path in folder.rglob("*"):
+            with contextlib.suppress(OSError):
+                dates.append(path.lstat().st_mtime_ns)
+        self._newest[folder] = max(dates)
+        return self._newest[folder]
 
     def _unsound(self, pipeline: str) -> dict[Path, bytes]:
         """The steps' configurations that show other versions than they should, and what they should be."""
