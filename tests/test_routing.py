@@ -62,9 +62,9 @@ class Routed:
         return dict(response.json())
 
     def samples(self, name: str) -> dict[tuple[str, ...], float]:
-        """The values of a metric, by the values of its labels."""
+        """The values of a metric, by the values of its labels in the order of the labels' names."""
         return {
-            tuple(sample.labels.values()): sample.value
+            tuple(value for _, value in sorted(sample.labels.items())): sample.value
             for family in text_string_to_metric_families(self.http.get("/metrics").text)
             for sample in family.samples
             if sample.name == name
