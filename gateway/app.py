@@ -1,8 +1,7 @@
-"""The FastAPI application: the routes, and the lifespan that owns every long-lived object."""
+"""The FastAPI application: the routes, and the errors that they document."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
@@ -10,19 +9,19 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from fastapi_offline import FastAPIOffline
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
-import contract
-from gateway import __version__, schemas
+from gateway import schemas, views
 from gateway.errors import PROBLEMS, Failure, Problem, openapi_responses
-from gateway.ingest import OPENAPI_REQUEST_BODY, read_picture
+from gateway.ingest import OPENAPI_PARAMETERS, OPENAPI_REQUEST_BODY, read_picture
+from gateway.metrics import Metrics
 from gateway.middleware import RequestContext, problem_response
-from gateway.predict import Answer, predict
-from gateway.releases import Known, Releases
+from gateway.predict import predict
+from gateway.service import Service
 from gateway.settings import Settings
-from gateway.triton import TritonClient, TritonError
-
-CONTRACT = "v1"
+from gateway.triton import TritonError
 
 _DESCRIPTION = """Send a picture of a parcel, get back whether it is damaged, how sure the model is, and which
 release answered. Every error is a problem (RFC 9457) with a stable `code`."""
@@ -30,36 +29,33 @@ release answered. Every error is a problem (RFC 9457) with a stable `code`."""
 _BODY = ("missing_body", "invalid_json", "invalid_base64", "invalid_multipart", "body_timeout", "body_too_large")
 _CONTENT = ("unsupported_media_type", "invalid_request", "invalid_metadata")
 _PICTURE = ("image_empty", "image_unsupported", "image_truncated", "image_corrupt", "image_too_large")
+_RELEASE = ("unknown_release", "retired_release", "release_unavailable")
 _SERVICE = ("triton_unavailable", "no_release", "deadline_exceeded", "inference_failed", "invalid_answer")
-_PREDICT = (*_BODY, *_CONTENT, *_PICTURE, *_SERVICE, "provenance_mismatch", "internal_error")
+_PREDICT = (*_BODY, *_CONTENT, *_PICTURE, *_RELEASE, *_SERVICE, "provenance_mismatch", "internal_error")
 
 
 def create_app(settings: Settings) -> FastAPI:
     """The application for these settings; nothing is connected before its lifespan starts."""
-    triton: TritonClient
-    releases: Releases
+    service: Service
+    metrics = Metrics()
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        nonlocal triton, releases
-        triton = TritonClient(settings.triton_url)
-        releases = Releases(triton, settings.pipeline, settings.probe_timeout_s)
-        await releases.refresh()
-        follower = asyncio.create_task(releases.follow(settings.refresh_s))
-        yield
-        follower.cancel()
-        await triton.close()
+        nonlocal service
+        service = Service(settings, metrics)
+        async with service.running():
+            yield
 
     app = FastAPIOffline(
         docs_url="/docs",
         redoc_url=None,
         redirect_slashes=False,  # a redirect would repeat whatever Host the client sent
         title="Parcel defect service",
-        version=CONTRACT,
+        version=views.CONTRACT,
         description=_DESCRIPTION,
         lifespan=lifespan,
     )
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, metrics=metrics)
 
     @app.exception_handler(Failure)
     async def on_failure(request: Request, failure: Failure) -> Response:
@@ -78,17 +74,45 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Judge one picture",
         response_model=schemas.PredictResponse,
         responses=openapi_responses(*_PREDICT),
-        openapi_extra={"requestBody": OPENAPI_REQUEST_BODY},
+        openapi_extra={"requestBody": OPENAPI_REQUEST_BODY, "parameters": OPENAPI_PARAMETERS},
         operation_id="predict",
     )
     async def predict_route(request: Request) -> Response:
-        picture = await read_picture(request, settings)
-        read = time.monotonic()
-        answer = await predict(triton, releases, picture.data, request.state.request_id, settings.deadline_s)
-        body = _response(request, answer, picture.metadata, read, time.monotonic())
-        log = request.state.log
-        log["release"], log["label"], log["timing_ms"] = body.model_version, body.label, body.timing_ms.model_dump()
-        return Response(body.model_dump_json(), media_type="application/json")
+        request_id, log = request.state.request_id, request.state.log
+        with service.predicting():
+            picture = await read_picture(request, settings)
+            read = time.monotonic()
+            candidates = service.router.choose(picture.pin, picture.metadata, request.headers)
+            answer = await predict(service.triton, candidates, picture.data, request_id, settings.deadline_s)
+            answered = time.monotonic()
+        body = views.prediction(request_id, answer, picture.metadata, request.state.started, read, answered)
+        metrics.predicted(body.model_version, body.route)
+        log["release"], log["route"], log["label"] = body.model_version, body.route, body.label
+        log["timing_ms"] = body.timing_ms.model_dump()
+        if answer.passed_over:
+            log["passed_over"] = str(answer.passed_over)
+
+        async def compare() -> None:
+            await service.mirrors.offer(answer, picture.data, request_id, service.in_flight)
+
+        # Starlette runs it once the answer was sent.
+        return Response(body.model_dump_json(), media_type="application/json", background=BackgroundTask(compare))
+
+    @app.get("/v1/releases", summary="Every release, and what it is used for", operation_id="releases")
+    async def releases_route() -> schemas.Releases:
+        return views.releases(service)
+
+    @app.get(
+        "/v1/releases/{name}/report",
+        summary="How a release compares with the stable one",
+        responses=openapi_responses("unknown_release"),
+        operation_id="report",
+    )
+    async def report_route(name: str) -> schemas.Report:
+        if service.releases.find(name) is None:
+            there = ", ".join(release.name for release in service.releases.known)
+            raise Failure("unknown_release", f"{name[:64]!r} is no release; there are {there or 'none'}")
+        return service.comparisons.report(name)
 
     @app.get("/health/live", summary="Does the process run?", operation_id="live")
     async def live() -> schemas.Live:
@@ -102,30 +126,23 @@ def create_app(settings: Settings) -> FastAPI:
     )
     @app.get("/health", include_in_schema=False)
     async def ready() -> schemas.Health:
-        release = releases.stable()
+        release = service.router.stable()
         try:
             # Triton's own readiness stays false after any failed load: only the release counts.
-            is_ready = await triton.is_ready(release.name, settings.probe_timeout_s)
+            is_ready = await service.triton.is_ready(release.name, settings.probe_timeout_s)
         except TritonError as error:
             raise Failure("triton_unavailable", str(error)) from error
         if not is_ready:
             raise Failure("no_release", f"{release.name} is not ready")
-        return schemas.Health(model_version=release.name, triton=releases.triton_version)
+        return schemas.Health(model_version=release.name, triton=service.releases.triton_version)
 
     @app.get("/version", summary="Everything that has a version", operation_id="version")
-    async def version() -> schemas.Version:
-        try:
-            stable = releases.stable().name
-        except Failure:
-            stable = None
-        return schemas.Version(
-            gateway=__version__,
-            contract=CONTRACT,
-            triton=releases.triton_version,
-            pipeline=schemas.Pipeline(
-                name=settings.pipeline, stable=stable, releases=[_describe(release) for release in releases.known]
-            ),
-        )
+    async def version_route() -> schemas.Version:
+        return views.version(service)
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics_route() -> Response:
+        return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/errors", summary="Every error there is", operation_id="errors")
     async def errors() -> list[schemas.ErrorKind]:
@@ -144,58 +161,6 @@ def create_app(settings: Settings) -> FastAPI:
 
     _complete_openapi(app)
     return app
-
-
-def _response(
-    request: Request, answer: Answer, metadata: schemas.Metadata, read: float, answered: float
-) -> schemas.PredictResponse:
-    inference = answer.inference
-    started, prepared, decided, ended = inference.times_ns
-    in_steps = (ended - started) / 1e6
-    return schemas.PredictResponse(
-        request_id=request.state.request_id,
-        model_version=answer.release.name,
-        label=inference.label,
-        confidence=_probability(inference.confidence),
-        scores=[schemas.Score(label=name, confidence=_probability(p)) for name, p in inference.scores],
-        metadata=metadata,
-        timing_ms=schemas.Timing(
-            read=round((read - request.state.started) * 1e3, 3),
-            queue=round(max(0.0, (answered - read) * 1e3 - in_steps), 3),
-            preprocess=round((prepared - started) / 1e6, 3),
-            infer=round((decided - prepared) / 1e6, 3),
-            postprocess=round((ended - decided) / 1e6, 3),
-            total=round((answered - request.state.started) * 1e3, 3),
-        ),
-    )
-
-
-def _probability(value: float) -> float:
-    """float32 carries seven digits; rounding may lie a hair outside of [0, 1]."""
-    return min(1.0, max(0.0, round(value, 7)))
-
-
-def _describe(release: Known) -> schemas.Release:
-    manifest = release.manifest
-    description = schemas.Release(
-        name=release.name, state="ready" if release.ready else "unavailable", reason=release.reason
-    )
-    if manifest is None:
-        return description
-    return description.model_copy(
-        update={
-            "labels": list(manifest.labels),
-            "steps": {
-                step: schemas.StepVersion(
-                    model=contract.step_model(manifest.pipeline, step), version=pin.version, digest=pin.digest
-                )
-                for step, pin in manifest.steps.items()
-            },
-            "built_from": manifest.built_from,
-            "built_at": manifest.built_at,
-            "evaluation": dict(manifest.evaluation),
-        }
-    )
 
 
 def _explain(code: str) -> schemas.ErrorKind:

@@ -63,10 +63,15 @@ PROBLEMS: dict[str, Kind] = {
     "image_too_large": Kind(422, "The picture has too many pixels", "Scale it down; the limit is in the detail."),
     # Nothing is there.
     "not_found": Kind(404, "There is nothing under this path", "See /docs for the paths."),
+    "unknown_release": Kind(404, "There is no such release", "Pin one of those in the detail, or none."),
+    "retired_release": Kind(410, "The release was retired", "Pin one of those in the detail, or none."),
     "method_not_allowed": Kind(405, "The path does not take this method", "See /docs for the methods."),
     # The service could not answer.
     "triton_unavailable": Kind(503, "The inference server cannot be reached", "Try again in a moment."),
     "no_release": Kind(503, "No release of the model is ready", "Try again in a moment."),
+    "release_unavailable": Kind(
+        503, "The release is there, but may not answer now", "Pin another or none; the reason is in the detail."
+    ),
     "deadline_exceeded": Kind(
         504, "No answer within the time for a request", "Try again; the service is busy or stuck."
     ),

@@ -10,7 +10,7 @@ import base64
 import binascii
 import json
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import UploadFile
@@ -35,6 +35,7 @@ OPENAPI_REQUEST_BODY = {
                 "properties": {
                     "image": {"type": "string", "format": "binary", "description": "The picture file."},
                     "metadata": {"type": "string", "description": "A flat JSON object, as in the JSON form."},
+                    "model_version": {"type": "string", "description": "The release to ask, as in the JSON form."},
                 },
             }
         },
@@ -42,13 +43,25 @@ OPENAPI_REQUEST_BODY = {
     },
 }
 
+OPENAPI_PARAMETERS = [
+    {
+        "name": "model_version",
+        "in": "query",
+        "required": False,
+        "schema": {"type": "string"},
+        "description": "The release to ask, in every form of the body. Without it the routing decides.",
+        "example": "defect-v1",
+    }
+]
+
 
 @dataclass(frozen=True)
 class Picture:
-    """What was sent: the bytes of the file, not yet looked at, and the metadata to hand back."""
+    """What was sent: the bytes of the file, not yet looked at, the metadata to hand back, and the release to ask."""
 
     data: bytes
     metadata: Metadata
+    pin: str | None = None
 
 
 async def read_picture(request: Request, settings: Settings) -> Picture:
@@ -72,7 +85,16 @@ async def read_picture(request: Request, settings: Settings) -> Picture:
     else:
         picture = Picture(body, {})
     _require_small(picture.metadata, settings.max_metadata_bytes)
-    return picture
+    return replace(picture, pin=_one_pin(request.query_params.getlist("model_version"), picture.pin))
+
+
+def _one_pin(in_query: list[str], in_body: str | None) -> str | None:
+    pins = dict.fromkeys([*in_query, *([] if in_body is None else [in_body])])
+    if len(pins) > 1:
+        raise Failure(
+            "invalid_request", f"model_version: {' and '.join(pin[:64] for pin in pins)} contradict each other"
+        )
+    return next(iter(pins), None)
 
 
 async def _read_body(request: Request, settings: Settings) -> bytes:
@@ -101,7 +123,7 @@ def _from_json(body: bytes) -> Picture:
     except ValidationError as error:
         raise _json_failure(error) from None
     try:
-        return Picture(base64.b64decode(request.image, validate=True), request.metadata)
+        return Picture(base64.b64decode(request.image, validate=True), request.metadata, request.model_version)
     except (binascii.Error, ValueError) as error:
         raise Failure("invalid_base64", f"image: {error}") from None
 
@@ -136,12 +158,12 @@ async def _from_form(request: Request, body: bytes) -> Picture:
         yield b""
 
     try:
-        parser = _FormParser(request.headers, stream(), max_files=2, max_fields=2, max_part_size=len(body))
+        parser = _FormParser(request.headers, stream(), max_files=3, max_fields=3, max_part_size=len(body))
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
         raise Failure("invalid_multipart", getattr(error, "message", None) or "the form cannot be parsed") from None
     names = [name for name, _ in form.multi_items()]
-    if unknown := sorted(set(names) - {"image", "metadata"}):
+    if unknown := sorted(set(names) - {"image", "metadata", "model_version"}):
         raise Failure("invalid_request", f"unknown part: {unknown[0][:100]}")
     if len(set(names)) != len(names):
         raise Failure("invalid_request", "a part was sent twice")
@@ -149,7 +171,10 @@ async def _from_form(request: Request, body: bytes) -> Picture:
     if not isinstance(image, UploadFile):
         raise Failure("invalid_request", "the part 'image' is missing, or is no file (it needs a filename)")
     text = (await metadata.read()) if isinstance(metadata, UploadFile) else metadata
-    return Picture(await image.read(), _parse_metadata(text) if text else {})
+    pin = form.get("model_version")
+    if isinstance(pin, UploadFile):
+        raise Failure("invalid_request", "the part 'model_version' is text, not a file")
+    return Picture(await image.read(), _parse_metadata(text) if text else {}, pin)
 
 
 def _parse_metadata(text: str | bytes) -> Metadata:

@@ -1,4 +1,4 @@
-"""What holds for every request: an id in and out, one log line, and no error that is not a problem.
+"""What holds for every request: an id in and out, one log line, one count, and no error that is not a problem.
 
 Plain ASGI, so that streaming and client disconnects pass through untouched.
 """
@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import MEDIA_TYPE, Failure, Problem
+from gateway.metrics import Metrics
 
 REQUEST_ID = "X-Request-ID"
 _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -36,8 +37,9 @@ def problem_response(request: Request, failure: Failure) -> Response:
 class RequestContext:
     """Gives each request `state.request_id`, `state.started` (monotonic seconds) and `state.log` (fields)."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
+        self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -66,6 +68,10 @@ class RequestContext:
             failure = Failure("internal_error", "an unexpected failure was logged under this request id")
             await problem_response(request, failure)(scope, receive, send_with_id)
         finally:
-            log["total_ms"] = round((time.monotonic() - started) * 1000, 3)
-            quiet = scope["path"].startswith("/health") and log.get("status") == 200
+            seconds = time.monotonic() - started
+            log["total_ms"] = round(seconds * 1000, 3)
+            # The route's template, which the router left in the scope: a path is whatever a client likes.
+            template = getattr(scope.get("route"), "path", "unknown")
+            self.metrics.request(template, str(log.get("status", "none")), log.get("code", ""), seconds)
+            quiet = scope["path"].startswith(("/health", "/metrics")) and log.get("status") == 200
             logger.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": log})

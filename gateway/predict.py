@@ -1,4 +1,4 @@
-"""One picture to one verified answer: choose the release, call it, and check that it is what it says it is.
+"""One picture to one verified answer: call the release, check that it is what it says it is, or ask the next one.
 
 Knows nothing of HTTP; what goes wrong is a `Failure` with a code.
 """
@@ -6,47 +6,82 @@ Knows nothing of HTTP; what goes wrong is a `Failure` with a code.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import grpc
 
 from contract import Manifest
 from gateway.errors import PROBLEMS, Failure
-from gateway.releases import Releases
 from gateway.triton import Inference, MalformedAnswer, TritonClient, TritonError
+
+Route = Literal["stable", "canary", "pinned", "fallback"]
+"""Why a release answers."""
 
 _FAILURES = {
     grpc.StatusCode.DEADLINE_EXCEEDED: "deadline_exceeded",
     grpc.StatusCode.UNAVAILABLE: "triton_unavailable",
-    grpc.StatusCode.NOT_FOUND: "no_release",
+    grpc.StatusCode.NOT_FOUND: "no_release",  # unknown, unloaded, or Triton is stopping
 }
+_FAULTS_OF_A_RELEASE = frozenset(
+    ("triton_unavailable", "no_release", "inference_failed", "invalid_answer", "provenance_mismatch")
+)
+"""What another release may do better. A bad picture is bad for every release, and a deadline is over for all."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A release that may answer, and why it would be this one."""
+
+    release: Manifest
+    route: Route
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An inference, and the release that made it."""
+    """An inference, the release that made it, and why that one; `passed_over` is what the one before it failed with."""
 
     release: Manifest
+    route: Route
     inference: Inference
+    passed_over: Failure | None = None
 
 
-async def predict(triton: TritonClient, releases: Releases, picture: bytes, request_id: str, timeout: float) -> Answer:
-    """Answer one picture within `timeout` seconds.
+async def predict(
+    triton: TritonClient, candidates: Sequence[Candidate], picture: bytes, request_id: str, timeout: float
+) -> Answer:
+    """Answer one picture within `timeout` seconds, by the first candidate, or should it fail, by the second.
 
     Raises:
         Failure: nothing could answer, the picture cannot be used, or the answer cannot be trusted.
     """
-    release = releases.stable()
+    deadline = time.monotonic() + timeout
+    try:
+        return await _ask(triton, candidates[0], picture, request_id, timeout)
+    except Failure as failure:
+        left = deadline - time.monotonic()
+        if len(candidates) == 1 or failure.code not in _FAULTS_OF_A_RELEASE or left <= 0:
+            raise
+        passed_over = failure
+    return replace(await _ask(triton, candidates[1], picture, request_id, left), passed_over=passed_over)
+
+
+async def _ask(triton: TritonClient, candidate: Candidate, picture: bytes, request_id: str, timeout: float) -> Answer:
+    release = candidate.release
     try:
         inference = await triton.infer(release.name, picture, request_id, timeout)
     except TritonError as error:
         code = _FAILURES.get(error.status, "inference_failed")
-        detail = f"no answer within {timeout:g} s" if code == "deadline_exceeded" else str(error)
+        if code == "no_release" and candidate.route == "pinned":
+            code = "release_unavailable"
+        detail = f"no answer within {timeout:.3g} s" if code == "deadline_exceeded" else f"{release.name}: {error}"
         raise Failure(code, detail) from error
     except MalformedAnswer as error:
-        raise Failure("invalid_answer", str(error)) from error
+        raise Failure("invalid_answer", f"{release.name}: {error}") from error
     verify(inference, release)
-    return Answer(release, inference)
+    return Answer(release, candidate.route, inference)
 
 
 def verify(inference: Inference, release: Manifest) -> None:

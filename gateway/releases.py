@@ -1,7 +1,7 @@
-"""Which releases there are, learnt from Triton over gRPC alone, and which of them answers.
+"""Which releases there are, learnt from Triton over gRPC alone, and which of them may answer.
 
-A background task follows Triton. While Triton is away the last known releases are kept, so that the first
-request after its return is answered, not refused.
+A background task follows Triton; activation reports here what it found. While Triton is away the last known releases
+are kept, so that the first request after its return is answered, not refused.
 """
 
 from __future__ import annotations
@@ -10,23 +10,30 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
+import grpc
+
 import contract
 from contract import Manifest
-from gateway.errors import Failure
 from gateway.triton import ModelState, TritonClient, TritonError
 
+_CHECKING = "its golden pictures are being tried"
 logger = logging.getLogger("gateway.releases")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Known:
-    """A release of the pipeline. The manifest is None where it could not be read; then it is not ready."""
+    """A release of the pipeline as Triton holds it; another object each time that it is loaded.
+
+    `reason` says why it may not answer; empty, it may. `is_tried` is false until its golden pictures were answered
+    since it was loaded. The manifest is None where it could not be read.
+    """
 
     name: str
     number: int
-    ready: bool
-    reason: str
     manifest: Manifest | None
+    reason: str
+    is_loaded: bool = True
+    is_tried: bool = True
 
 
 class Releases:
@@ -34,37 +41,49 @@ class Releases:
 
     def __init__(self, triton: TritonClient, pipeline: str, probe_timeout: float) -> None:
         self._triton = triton
-        self._pipeline = pipeline
         self._timeout = probe_timeout
+        self.pipeline = pipeline
         self.known: tuple[Known, ...] = ()
+        """Oldest first."""
         self.triton_version: str | None = None
         """None while Triton cannot be reached."""
+        self.refreshed = asyncio.Event()
+        """Set after each look at Triton."""
 
-    def stable(self) -> Manifest:
-        """The release that answers: the newest that is ready.
+    def active(self) -> list[Manifest]:
+        """The releases that may answer, newest first."""
+        return [known.manifest for known in reversed(self.known) if known.manifest and not known.reason]
 
-        Raises:
-            Failure: triton_unavailable or no_release.
-        """
-        for release in reversed(self.known):
-            if release.ready and release.manifest:
-                return release.manifest
-        if self.triton_version is None:
-            raise Failure("triton_unavailable", "Triton has not been reached yet")
-        raise Failure("no_release", f"Triton holds no release of {self._pipeline} that is ready")
+    def find(self, name: str) -> Known | None:
+        """The release of this name, whether or not it may answer."""
+        return next((known for known in self.known if known.name == name), None)
+
+    def untried(self) -> list[Known]:
+        """The releases whose golden pictures have still to be answered, newest first."""
+        return [known for known in reversed(self.known) if not known.is_tried]
+
+    def judge(self, release: Known, reason: str) -> None:
+        """Let a release answer, or for a reason not."""
+        release.is_tried, release.reason = True, reason
+        _log(release)
+
+    def postpone(self, release: Known, reason: str) -> None:
+        """A release could not be tried now. One that answered before Triton went away goes on answering."""
+        if release.reason:
+            release.reason = f"{_CHECKING}: {reason}"
 
     async def follow(self, seconds: float) -> None:
         """Refresh for ever, every so many seconds."""
         while True:
-            await self.refresh()
             await asyncio.sleep(seconds)
+            await self.refresh()
 
     async def refresh(self) -> None:
         """Ask Triton once. Never raises: what cannot be learnt now is asked again later."""
         try:
-            back = self.triton_version is None  # first contact, or a restart: what was known may be stale
+            is_back = self.triton_version is None  # first contact, or a restart: what was known may be stale
             version = self.triton_version or await self._triton.version(self._timeout)
-            known = await self._ask(fresh=back)
+            known = await self._ask(is_back)
         except TritonError as error:
             if self.triton_version is not None:
                 logger.warning("triton lost", extra={"fields": {"reason": str(error)}})
@@ -73,30 +92,52 @@ class Releases:
         except Exception:
             logger.exception("refreshing the releases failed")
             return
-        if back:
+        if is_back:
             logger.info("triton reached", extra={"fields": {"triton": version}})
+        before = {(release.name, release.reason) for release in self.known}
         for release in known:
-            if release not in self.known:
-                fields = {"release": release.name, "ready": release.ready, "reason": release.reason}
-                logger.info("release changed", extra={"fields": fields})
+            if (release.name, release.reason) not in before:
+                _log(release)
+        for name in {name for name, _ in before} - {release.name for release in known}:
+            logger.info("release gone", extra={"fields": {"release": name}})
         self.triton_version, self.known = version, known
+        self.refreshed.set()
 
-    async def _ask(self, fresh: bool) -> tuple[Known, ...]:
-        before = {} if fresh else {release.name: release for release in self.known}
+    async def _ask(self, is_back: bool) -> tuple[Known, ...]:
+        before = {release.name: release for release in self.known}
         known = []
         for state in await self._triton.index(self._timeout):
             parsed = contract.parse_release_name(state.name)
-            if parsed and parsed[0] == self._pipeline:
-                known.append(await self._look_at(state, parsed[1], before.get(state.name)))
+            if parsed and parsed[0] == self.pipeline:
+                known.append(await self._look_at(state, parsed[1], before.get(state.name), is_back))
         return tuple(sorted(known, key=lambda release: release.number))
 
-    async def _look_at(self, state: ModelState, number: int, before: Known | None) -> Known:
-        if not state.ready:
-            return Known(state.name, number, False, state.reason, before.manifest if before else None)
-        if before and before.ready:
+    async def _look_at(self, state: ModelState, number: int, before: Known | None, is_back: bool) -> Known:
+        if not state.is_ready:
+            manifest = before.manifest if before else None
+            return Known(state.name, number, manifest, state.reason, is_loaded=False)
+        stays = before is not None and before.is_loaded and not is_back
+        is_refused = before is not None and before.is_tried and before.reason
+        if before and stays and not is_refused:
             return before
+        # A refused release is read again each time: it may have been replaced between two looks at the index.
         try:
-            parameters = await self._triton.parameters(state.name, self._timeout)
-            return Known(state.name, number, True, "", Manifest.from_parameters(state.name, parameters))
+            manifest = Manifest.from_parameters(state.name, await self._triton.parameters(state.name, self._timeout))
         except ValueError as error:
-            return Known(state.name, number, False, str(error), None)
+            return Known(state.name, number, None, str(error))
+        except TritonError as error:
+            if error.status is not grpc.StatusCode.NOT_FOUND:
+                raise
+            return Known(state.name, number, None, "it was just unloaded", is_loaded=False)
+        if before and manifest == before.manifest:
+            if stays:
+                return before
+            if is_back and not before.reason:  # it answered before Triton went away: goes on while it is tried again
+                return Known(state.name, number, manifest, "", is_tried=False)
+        return Known(state.name, number, manifest, _CHECKING, is_tried=False)
+
+
+def _log(release: Known) -> None:
+    level = logging.WARNING if release.is_tried and release.reason else logging.INFO
+    fields = {"release": release.name, "active": not release.reason, "reason": release.reason}
+    logger.log(level, "release changed", extra={"fields": fields})

@@ -6,14 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictBool, StrictInt, StrictStr
 
+from contract.routing import Canary, Shadow
+
 MetadataValue = Annotated[StrictStr, Field(max_length=1024)] | StrictBool | StrictInt | FiniteFloat | None
+State = Literal["ready", "unavailable"]
+Role = Literal["stable", "canary", "shadow"]
 Metadata = dict[Annotated[str, Field(min_length=1, max_length=64)], MetadataValue]
 
 
 class PredictRequest(BaseModel):
     """The JSON form of a request."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     image: StrictStr = Field(
         description="The picture file (JPEG, PNG, WebP, BMP, GIF or TIFF), in standard base64.",
@@ -21,6 +25,9 @@ class PredictRequest(BaseModel):
     )
     metadata: Metadata = Field(
         default={}, description="A flat object that comes back in the answer unchanged.", examples=[{"parcel": "A-17"}]
+    )
+    model_version: StrictStr | None = Field(
+        default=None, description="The release to ask. Without it the routing decides.", examples=["defect-v1"]
     )
 
 
@@ -49,6 +56,9 @@ class PredictResponse(BaseModel):
 
     request_id: str = Field(description="The X-Request-ID of the request, or one made for it.")
     model_version: str = Field(description="The release that computed this answer.", examples=["defect-v1"])
+    route: Literal["stable", "canary", "pinned", "fallback"] = Field(
+        description="Why this release: the stable one, the canary, the one asked for, or instead of one that failed."
+    )
     label: str = Field(description="The decision.", examples=["damaged"])
     confidence: float = Field(ge=0, le=1, description="The calibrated probability of `label`.", examples=[0.94])
     scores: list[Score] = Field(description="All labels, most probable first.")
@@ -68,13 +78,25 @@ class Release(BaseModel):
     """A release, as Triton holds it."""
 
     name: str = Field(examples=["defect-v1"])
-    state: Literal["ready", "unavailable"]
+    state: State = Field(description="Ready: loaded, and it answered its golden pictures here as recorded.")
     reason: str = Field(default="", description="Why it is unavailable.")
     labels: list[str] = []
     steps: dict[str, StepVersion] = {}
     built_from: str = ""
     built_at: str = ""
     evaluation: dict[str, Any] = {}
+    exam: dict[str, Any] = Field(default={}, description="The verdict that let it be published, by check.")
+
+
+class Routing(BaseModel):
+    """The routing in force: the last good content of the routing file."""
+
+    stable: str = Field(description="`latest`, or the name of a release.", examples=["latest"])
+    canary: Canary | None
+    shadow: Shadow | None
+    since: str = Field(description="When it came into force.")
+    error: str = Field(description="What is wrong with the file as it is now; empty where nothing is.")
+    warning: str = Field(description="What the file asks for and cannot have; empty where nothing is.")
 
 
 class Pipeline(BaseModel):
@@ -83,6 +105,58 @@ class Pipeline(BaseModel):
     name: str
     stable: str | None = Field(description="The release that answers requests; null while there is none.")
     releases: list[Release]
+    routing: Routing
+
+
+class RoutedRelease(BaseModel):
+    """A release, and what it is used for now."""
+
+    name: str = Field(examples=["defect-v1"])
+    state: State
+    reason: str = Field(description="Why it is unavailable; empty where it is not.")
+    share: float = Field(ge=0, le=100, description="Percentage of the requests without a pin that it is chosen for.")
+    roles: list[Role]
+
+
+class Releases(BaseModel):
+    """Every release, and the routing that says what each is used for."""
+
+    pipeline: str
+    stable: str | None = Field(description="The release that answers requests; null while there is none.")
+    releases: list[RoutedRelease]
+    routing: Routing
+
+
+class Judgement(BaseModel):
+    """A label and its calibrated probability, as one release gave it."""
+
+    label: str
+    confidence: float
+
+
+class Disagreement(BaseModel):
+    """A request that the two releases answered differently."""
+
+    request_id: str
+    stable: Judgement
+    this: Judgement
+    difference: float = Field(description="The largest difference of a label's probability.")
+
+
+class Report(BaseModel):
+    """A release compared with the stable one, on the same requests."""
+
+    release: str
+    against: str | None = Field(description="The release that was stable meanwhile; null: nothing was compared.")
+    since: str | None = Field(description="When this comparison began; it begins anew with another stable release.")
+    compared: int
+    agreement: float | None = Field(description="The share of requests that got the same label; null without any.")
+    confusion: dict[str, dict[str, int]] = Field(description="The stable release's label: this one's label: requests.")
+    mean_difference: float | None = Field(description="Of the largest difference of a label's probability.")
+    max_difference: float | None
+    errors: dict[str, int] = Field(description="Comparisons that failed, by code.")
+    shed: int = Field(description="Requests that were not compared, so that users are served first.")
+    most_disagreeing: list[Disagreement] = Field(description="At most 20, the largest difference first.")
 
 
 class Version(BaseModel):

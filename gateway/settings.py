@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, ValidationError
@@ -34,6 +35,12 @@ class Settings(BaseSettings):
     """Largest request body; base64 makes a picture a third larger."""
     max_metadata_bytes: int = Field(default=4096, ge=2, le=2**20)
     """Largest `metadata`, written as compact JSON."""
+    routing: Path = Path("routing/routing.toml")
+    """File that says which release answers; followed. None there: the newest."""
+    mirrors: int = Field(default=2, ge=0, le=64)
+    """Most requests that run once more at the same time, for comparison. 0: none."""
+    mirror_max_load: int = Field(default=8, ge=0)
+    """Nothing is compared while more predictions than this are in flight."""
     refresh_s: Seconds = 1.0
     """How often Triton is asked which releases it has."""
     probe_timeout_s: Seconds = 1.0

@@ -44,10 +44,10 @@ class MalformedAnswer(Exception):
 
 @dataclass(frozen=True)
 class ModelState:
-    """A line of Triton's repository index."""
+    """A line of Triton's repository index. `reason` says why it is not ready."""
 
     name: str
-    ready: bool
+    is_ready: bool
     reason: str
 
 
@@ -101,7 +101,10 @@ class TritonClient:
     async def index(self, timeout: float) -> list[ModelState]:
         """Every model that Triton knows of."""
         response = await self._call(self._stub.RepositoryIndex, pb.RepositoryIndexRequest(), timeout)
-        return [ModelState(model.name, model.state == "READY", model.reason) for model in response.models]
+        return [
+            ModelState(model.name, model.state == "READY", model.reason or model.state.lower())
+            for model in response.models
+        ]
 
     async def parameters(self, model: str, timeout: float) -> dict[str, str]:
         """The `parameters` of a model's configuration."""

@@ -17,6 +17,7 @@ import pytest
 from export.__main__ import main as export_main
 from export.repository import Repository
 from tests.offline import Offline
+from tests.two_releases import publish_contrary
 from triton_runtime.server import Endpoint, TritonServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,6 +116,28 @@ def gateway(triton: Endpoint, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with GatewayProcess(triton, log, max_body_bytes=8 * 2**20, deadline_s=60, log_level="debug") as process:
         wait_for(process.is_ready)
         yield process
+
+
+@pytest.fixture(scope="session")
+def pristine_pair(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with defect-v1 and defect-v2, which answer differently. Shared: copy it before changing it."""
+    root = Path(shutil.copytree(pristine, tmp_path_factory.mktemp("pair") / "model_repository"))
+    assert publish_contrary(root) == "defect-v2"
+    return root
+
+
+@pytest.fixture
+def pair(pristine_pair: Path, tmp_path: Path) -> Path:
+    """Both releases, in a repository of the test's own."""
+    return Path(shutil.copytree(pristine_pair, tmp_path / "model_repository"))
+
+
+@pytest.fixture(scope="session")
+def pair_triton(pristine_pair: Path) -> Iterator[Endpoint]:
+    """A real Triton with both releases."""
+    with TritonServer(pristine_pair, free_endpoint(), poll_seconds=1) as server:
+        server.wait_until_ready()
+        yield server.endpoint
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The newest release without Triton: the same preprocessing module, the same ONNX file, the same decision."""
+"""A release (the newest, if none is given) without Triton: its preprocessing, its ONNX file, its decision."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 import onnxruntime
 
+from contract import Manifest
 from export.repository import Repository
 from export.steps import REPOSITORY, load_module
 
@@ -18,9 +19,9 @@ DECISION: ModuleType = load_module(REPOSITORY / "defect_postprocess/1/decision.p
 class Offline:
     """What the service must answer, computed in this process."""
 
-    def __init__(self, root: Path, pipeline: str = "defect") -> None:
+    def __init__(self, root: Path, pipeline: str = "defect", release: Manifest | None = None) -> None:
         repository = Repository(root)
-        self.manifest = repository.releases(pipeline)[-1]
+        self.manifest = release or repository.releases(pipeline)[-1]
         folders = {
             step: repository.step_folder(pipeline, step, pin.version) for step, pin in self.manifest.steps.items()
         }

@@ -43,6 +43,7 @@ def test_every_form_gives_the_whole_answer(
     assert list(answer) == [
         "request_id",
         "model_version",
+        "route",
         "label",
         "confidence",
         "scores",
@@ -50,7 +51,7 @@ def test_every_form_gives_the_whole_answer(
         "timing_ms",
     ]
     label, scores = offline.answer(jpeg)
-    assert answer["model_version"] == release
+    assert (answer["model_version"], answer["route"]) == (release, "stable")
     assert answer["label"] == label
     assert answer["confidence"] == pytest.approx(scores[label], abs=1e-5)
     assert {s["label"]: s["confidence"] for s in answer["scores"]} == pytest.approx(scores, abs=1e-5)

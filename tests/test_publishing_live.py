@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from export import candidate, graph
-from export.repository import Repository
-from export.steps import Step
 from tests.conftest import GatewayProcess, free_endpoint, wait_for
 from tests.offline import Offline
-from tests.test_export import CHECKPOINT, SERVING
+from tests.two_releases import publish_contrary
 from triton_runtime.server import TritonServer
 
 
 def test_a_new_release_takes_over_without_a_failed_request(repository: Path, tmp_path: Path, jpeg: bytes) -> None:
     """Sixteen connections under load; every answer is the one that the release it names computes."""
-    built = candidate.from_checkpoint(CHECKPOINT, "defect", Repository(repository), lambda _: None)
-    weights = load_file(CHECKPOINT / "model.safetensors")
-    weights["_fc.bias"] = weights["_fc.bias"][::-1] + np.array([2, 0], np.float16)  # answers differ visibly
-    other = replace(
-        built, steps={**built.steps, "classifier": Step.of_graph(graph.from_checkpoint(weights, built.labels, 1.0))}
-    )
     expected = {"defect-v1": Offline(repository).answer(jpeg)[1]}
 
     endpoint = free_endpoint()
@@ -51,7 +39,7 @@ def test_a_new_release_takes_over_without_a_failed_request(repository: Path, tmp
             thread.start()
         try:
             wait_for(lambda: len(answers) > 50)
-            Repository(repository).publish(other, SERVING)
+            publish_contrary(repository)
             expected["defect-v2"] = Offline(repository).answer(jpeg)[1]
             wait_for(lambda: answers[-1][1].get("model_version") == "defect-v2", 60)
             enough = len(answers) + 50

@@ -40,6 +40,7 @@ def test_version_names_every_release_with_its_steps_and_digests(
     assert (described["name"], described["state"], described["reason"]) == (release, "ready", "")
     assert described["labels"] == ["damaged", "intact"]
     assert described["evaluation"]["accuracy"] > 0.5
+    assert described["exam"] == offline.manifest.exam
     for step, pin in offline.manifest.steps.items():
         expected = {"model": f"defect_{step}", "version": pin.version, "digest": pin.digest}
         assert described["steps"][step] == expected
@@ -105,7 +106,7 @@ def test_a_request_is_one_line_of_json(
     (entry,) = lines(gateway, "log-test-good")
     assert entry["message"] == "request"
     assert (entry["method"], entry["path"], entry["status"]) == ("POST", "/v1/predict", 200)
-    assert entry["release"] == release
+    assert (entry["release"], entry["route"]) == (release, "stable")
     assert entry["timing_ms"] == answer["timing_ms"]
     assert entry["total_ms"] >= answer["timing_ms"]["total"] - 0.01
 

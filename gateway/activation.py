@@ -1,0 +1,57 @@
+"""A release may answer only after it answered its golden pictures here, on this server, as its export recorded.
+
+Runs beside everything else, one release at a time, newest first. The replays are no requests of users: they appear
+in no log line and no metric.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from contract import Manifest
+from gateway.errors import Failure
+from gateway.predict import verify
+from gateway.releases import Releases
+from gateway.triton import MalformedAnswer, TritonClient, TritonError
+
+_PATIENCE_S = 5.0
+"""For one picture: as long as a busy server may need, so that load cannot keep a new release out."""
+
+logger = logging.getLogger("gateway.activation")
+
+
+async def replay(triton: TritonClient, release: Manifest) -> str:
+    """What is wrong with the running release: which picture, and by how much. Empty where every answer agrees.
+
+    Raises:
+        TritonError: Triton gave no answer. That is no verdict: try again.
+    """
+    if not release.golden:
+        return "it was published without golden pictures, so nothing shows that it runs as it should: publish it again"
+    for golden in release.golden:
+        try:
+            inference = await triton.infer(release.name, golden.image, f"{release.name}:golden", _PATIENCE_S)
+            verify(inference, release)
+        except MalformedAnswer as error:
+            return f"{golden.name}: not the tensors of a release: {error}"
+        except Failure as failure:
+            return f"{golden.name}: {failure}"
+        if difference := golden.difference(inference.label, dict(inference.scores), release.tolerance):
+            return difference
+    return ""
+
+
+async def follow(triton: TritonClient, releases: Releases) -> None:
+    """Try what has not been tried, after each refresh, for ever."""
+    while True:
+        await releases.refreshed.wait()
+        releases.refreshed.clear()
+        for release in releases.untried():
+            if release.manifest is None:
+                continue
+            try:
+                releases.judge(release, await replay(triton, release.manifest))
+            except TritonError as error:
+                releases.postpone(release, str(error))
+            except Exception:
+                logger.exception("trying a release failed", extra={"fields": {"release": release.name}})

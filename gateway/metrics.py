@@ -1,0 +1,80 @@
+"""Figures for Prometheus. Labels take few values: routes, codes and releases, never what a client wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+_BUCKETS = (0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+Outcome = Literal["agreed", "disagreed", "failed", "shed"]
+
+
+class Metrics:
+    """The counters of one application. What is a state, not an event, `observe` asks for at each scrape."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self._requests = Counter(
+            "gateway_requests", "Requests, by path of the API, status and code of the problem (empty: none).",
+            ["path", "status", "code"], registry=self._registry,
+        )  # fmt: skip
+        self._seconds = Histogram(
+            "gateway_request_seconds", "From a request's head to its last byte, by path of the API.",
+            ["path"], registry=self._registry, buckets=_BUCKETS,
+        )  # fmt: skip
+        self._predictions = Counter(
+            "gateway_predictions", "Answered predictions, by the release that answered and why that one.",
+            ["release", "route"], registry=self._registry,
+        )  # fmt: skip
+        self._comparisons = Counter(
+            "gateway_comparisons", "Requests run once more on another release, by the release on trial.",
+            ["release", "outcome"], registry=self._registry,
+        )  # fmt: skip
+
+    def request(self, path: str, status: str, code: str, seconds: float) -> None:
+        """A request ended."""
+        self._requests.labels(path, status, code).inc()
+        self._seconds.labels(path).observe(seconds)
+
+    def predicted(self, release: str, route: str) -> None:
+        """A prediction was answered."""
+        self._predictions.labels(release, route).inc()
+
+    def compared(self, release: str, outcome: Outcome) -> None:
+        """A request was compared, or was not."""
+        self._comparisons.labels(release, outcome).inc()
+
+    def observe(self, gauges: Callable[[], Iterable[Metric]]) -> None:
+        """Have the gauges of `gauges` in every page from now on."""
+        self._registry.register(_Gauges(gauges))
+
+    def page(self) -> bytes:
+        """The page that Prometheus reads, in its text format."""
+        return generate_latest(self._registry)
+
+
+class _Gauges(Collector):
+    def __init__(self, gauges: Callable[[], Iterable[Metric]]) -> None:
+        self._gauges = gauges
+
+    def collect(self) -> Iterable[Metric]:
+        return self._gauges()
+
+
+def gauge(name: str, text: str, value: float) -> Metric:
+    """A state with one value."""
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def gauge_by_release(name: str, text: str, values: dict[str, float]) -> Metric:
+    """A state of each release."""
+    family = GaugeMetricFamily(name, text, labels=["release"])
+    for release, value in values.items():
+        family.add_metric([release], value)
+    return family

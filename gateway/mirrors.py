@@ -1,0 +1,83 @@
+"""Requests that were answered, run once more on another release, to compare the two.
+
+An answer never waits for this and never depends on it: it begins after the answer was sent, few run at a time, none
+waits in a queue, and under load there are none. What is not compared is counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+
+from contract import Manifest
+from gateway.comparison import Comparison, Comparisons
+from gateway.errors import Failure
+from gateway.metrics import Metrics
+from gateway.predict import Answer, Candidate, predict
+from gateway.router import Router
+from gateway.settings import Settings
+from gateway.triton import TritonClient
+
+logger = logging.getLogger("gateway.mirrors")
+
+
+class Mirrors:
+    """Copies of the traffic: the stable release's to the shadow, the canary's to the stable release."""
+
+    def __init__(
+        self, triton: TritonClient, router: Router, comparisons: Comparisons, metrics: Metrics, settings: Settings
+    ) -> None:
+        self._triton = triton
+        self._router = router
+        self._comparisons = comparisons
+        self._metrics = metrics
+        self._settings = settings
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def offer(self, answer: Answer, picture: bytes, request_id: str, in_flight: int) -> None:
+        """Compare one answered request, if it is chosen and there is room; returns at once."""
+        in_force = self._router.in_force()
+        stable, rule = in_force.stable, self._router.file.routing.shadow
+        if stable is None:
+            return
+        if answer.route == "canary" and answer.release.name != stable.name:
+            other, on_trial = stable, answer.release.name
+        elif answer.route == "stable" and answer.release.name == stable.name and in_force.shadow and rule:
+            if random.random() * 100 >= rule.percent:  # noqa: S311 - a share of traffic, no secret
+                return
+            other, on_trial = in_force.shadow, in_force.shadow.name
+        else:
+            return
+        comparison = self._comparisons.between(on_trial, stable.name)
+        if len(self._running) >= self._settings.mirrors or in_flight > self._settings.mirror_max_load:
+            comparison.shed += 1
+            self._metrics.compared(on_trial, "shed")
+            return
+        task = asyncio.create_task(self._run(comparison, answer, other, picture, request_id))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def close(self) -> None:
+        """Give up what is running."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    async def _run(
+        self, comparison: Comparison, answer: Answer, other: Manifest, picture: bytes, request_id: str
+    ) -> None:
+        try:
+            copy = await predict(
+                self._triton, [Candidate(other, "pinned")], picture, request_id, self._settings.deadline_s
+            )
+        except Failure as failure:
+            comparison.errors[failure.code] += 1
+            self._metrics.compared(comparison.release, "failed")
+            return
+        except Exception:
+            logger.exception("unexpected failure", extra={"fields": {"request_id": request_id}})
+            return
+        stable, this = (answer, copy) if other.name == comparison.release else (copy, answer)
+        agrees = comparison.add(request_id, stable.inference, this.inference)
+        self._metrics.compared(comparison.release, "agreed" if agrees else "disagreed")

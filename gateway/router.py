@@ -1,0 +1,137 @@
+"""Who answers one request: the routing in force, applied to the releases that may answer now."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from contract import Manifest, parse_release_name
+from contract.routing import LATEST
+from gateway.errors import Failure
+from gateway.predict import Candidate
+from gateway.releases import Releases
+from gateway.routing import RoutingFile
+from gateway.schemas import Metadata, Role
+
+
+@dataclass(frozen=True)
+class InForce:
+    """Who plays which role now. `warning` says what the routing file asks for and cannot have."""
+
+    stable: Manifest | None
+    canary: Manifest | None
+    shadow: Manifest | None
+    warning: str
+
+    def roles(self, name: str) -> list[Role]:
+        """The roles of a release."""
+        parts: dict[Role, Manifest | None] = {"stable": self.stable, "canary": self.canary, "shadow": self.shadow}
+        return [role for role, release in parts.items() if release and release.name == name]
+
+
+class Router:
+    """Combines the file's routing with the releases that may answer."""
+
+    def __init__(self, file: RoutingFile, releases: Releases) -> None:
+        self.file = file
+        self._releases = releases
+
+    def in_force(self) -> InForce:
+        """The roles, as they can be filled now."""
+        routing, active = self.file.routing, self._releases.active()
+        by_name = {release.name: release for release in active}
+        # A release on trial is not "the latest": it would answer everything before its trial began.
+        on_trial = {rule.release for rule in (routing.canary, routing.shadow) if rule}
+        latest = next((release for release in active if release.name not in on_trial), active[0] if active else None)
+        stable = latest if routing.stable == LATEST else by_name.get(routing.stable, latest)
+        warnings = []
+        if stable and routing.stable not in (LATEST, stable.name):
+            warnings.append(f"stable {routing.stable} is not active: {stable.name} answers")
+        trials: dict[str, Manifest | None] = {}
+        for role, rule in (("canary", routing.canary), ("shadow", routing.shadow)):
+            trials[role] = by_name.get(rule.release) if rule else None
+            if rule and trials[role] is None:
+                warnings.append(f"{role} {rule.release} is not active: it gets no requests")
+            elif rule and trials[role] is stable:
+                trials[role] = None
+                warnings.append(f"{role} {rule.release} is also the stable release")
+        return InForce(stable, trials["canary"], trials["shadow"], "; ".join(warnings))
+
+    def stable(self) -> Manifest:
+        """The release that answers what is neither pinned nor the canary's.
+
+        Raises:
+            Failure: triton_unavailable or no_release.
+        """
+        return self._stable(self.in_force())
+
+    def share(self, name: str) -> float:
+        """The percentage of the requests without a pin that a release is chosen for now."""
+        in_force = self.in_force()
+        to_canary = self.file.routing.canary.percent if self.file.routing.canary and in_force.canary else 0.0
+        shares = {"stable": 100.0 - to_canary, "canary": to_canary}
+        return sum(shares.get(role, 0.0) for role in in_force.roles(name))
+
+    def choose(self, pin: str | None, metadata: Metadata, headers: Mapping[str, str]) -> list[Candidate]:
+        """Who may answer a request, in this order.
+
+        Raises:
+            Failure: the pinned release cannot answer, or none can.
+        """
+        if pin is not None:
+            return [Candidate(self._pinned(pin), "pinned")]
+        in_force = self.in_force()
+        stable = self._stable(in_force)
+        # Should stable fail: what answered before it, and only then what is newer.
+        others = [release for release in self._releases.active() if release not in (stable, in_force.canary)]
+        others.sort(key=lambda release: (release.number < stable.number, release.number), reverse=True)
+        rest = [Candidate(release, "fallback") for release in others]
+        rule = self.file.routing.canary
+        if in_force.canary and rule and draw(_sticky(rule.sticky, metadata, headers)) < rule.percent:
+            return [Candidate(in_force.canary, "canary"), Candidate(stable, "fallback"), *rest]
+        return [Candidate(stable, "stable"), *rest]
+
+    def _pinned(self, name: str) -> Manifest:
+        known = self._releases.find(name)
+        if known and known.manifest and not known.reason:
+            return known.manifest
+        if known:
+            raise Failure("release_unavailable", f"{name}: {known.reason}")
+        if not self._releases.known:
+            raise self._nobody()
+        there = f"there are {', '.join(release.name for release in self._releases.known)}"
+        parsed = parse_release_name(name)
+        newest = self._releases.known[-1].number
+        if parsed and parsed[0] == self._releases.pipeline and parsed[1] <= newest:
+            raise Failure("retired_release", f"{name} is not there any more; {there}")
+        raise Failure("unknown_release", f"{name[:64]!r} is no release; {there}")
+
+    def _stable(self, in_force: InForce) -> Manifest:
+        if in_force.stable is None:
+            raise self._nobody()
+        return in_force.stable
+
+    def _nobody(self) -> Failure:
+        if self._releases.triton_version is None:
+            return Failure("triton_unavailable", "Triton has not been reached yet")
+        return Failure("no_release", f"no release of {self._releases.pipeline} may answer: /version says why")
+
+
+def draw(key: str | None) -> float:
+    """A number in [0, 100): the same for the same key, by chance without one.
+
+    A share takes the numbers below it, so a key that is in stays in as the share grows.
+    """
+    if key is None:
+        return random.random() * 100  # noqa: S311 - a share of traffic, no secret
+    digest = hashlib.blake2b(key.encode(), digest_size=6, person=b"canary").digest()
+    return int.from_bytes(digest) / 2**48 * 100
+
+
+def _sticky(rule: str | None, metadata: Metadata, headers: Mapping[str, str]) -> str | None:
+    """The value that a request has where `sticky` points to; None where it has none."""
+    kind, _, name = (rule or "").partition(":")
+    value = metadata.get(name) if kind == "metadata" else headers.get(name) if kind == "header" else None
+    return str(value) if value not in (None, "") else None

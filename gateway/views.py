@@ -1,0 +1,117 @@
+"""What the core knows, as the public JSON shows it."""
+
+from __future__ import annotations
+
+import contract
+from gateway import __version__, schemas
+from gateway.predict import Answer
+from gateway.releases import Known
+from gateway.router import Router
+from gateway.service import Service
+
+CONTRACT = "v1"
+
+
+def prediction(
+    request_id: str, answer: Answer, metadata: schemas.Metadata, started: float, read: float, answered: float
+) -> schemas.PredictResponse:
+    """The answer to one picture; the times are monotonic seconds."""
+    inference = answer.inference
+    began, prepared, decided, ended = inference.times_ns
+    in_steps = (ended - began) / 1e6
+    return schemas.PredictResponse(
+        request_id=request_id,
+        model_version=answer.release.name,
+        route=answer.route,
+        label=inference.label,
+        confidence=_probability(inference.confidence),
+        scores=[schemas.Score(label=name, confidence=_probability(p)) for name, p in inference.scores],
+        metadata=metadata,
+        timing_ms=schemas.Timing(
+            read=round((read - started) * 1e3, 3),
+            queue=round(max(0.0, (answered - read) * 1e3 - in_steps), 3),
+            preprocess=round((prepared - began) / 1e6, 3),
+            infer=round((decided - prepared) / 1e6, 3),
+            postprocess=round((ended - decided) / 1e6, 3),
+            total=round((answered - started) * 1e3, 3),
+        ),
+    )
+
+
+def version(service: Service) -> schemas.Version:
+    """Everything that has a version."""
+    stable = service.router.in_force().stable
+    return schemas.Version(
+        gateway=__version__,
+        contract=CONTRACT,
+        triton=service.releases.triton_version,
+        pipeline=schemas.Pipeline(
+            name=service.settings.pipeline,
+            stable=stable.name if stable else None,
+            releases=[_release(known) for known in service.releases.known],
+            routing=_routing(service.router),
+        ),
+    )
+
+
+def releases(service: Service) -> schemas.Releases:
+    """Every release, and what it is used for now."""
+    in_force = service.router.in_force()
+    return schemas.Releases(
+        pipeline=service.settings.pipeline,
+        stable=in_force.stable.name if in_force.stable else None,
+        releases=[
+            schemas.RoutedRelease(
+                name=known.name,
+                state=_state(known),
+                reason=known.reason,
+                share=service.router.share(known.name),
+                roles=in_force.roles(known.name),
+            )
+            for known in service.releases.known
+        ],
+        routing=_routing(service.router),
+    )
+
+
+def _routing(router: Router) -> schemas.Routing:
+    file = router.file
+    return schemas.Routing(
+        stable=file.routing.stable,
+        canary=file.routing.canary,
+        shadow=file.routing.shadow,
+        since=file.since,
+        error=file.error,
+        warning=router.in_force().warning,
+    )
+
+
+def _release(known: Known) -> schemas.Release:
+    manifest = known.manifest
+    description = schemas.Release(name=known.name, state=_state(known), reason=known.reason)
+    if manifest is None:
+        return description
+    return description.model_copy(
+        update={
+            "labels": list(manifest.labels),
+            "steps": {
+                step: schemas.StepVersion(
+                    model=contract.step_model(manifest.pipeline, step), version=pin.version, digest=pin.digest
+                )
+                for step, pin in manifest.steps.items()
+            },
+            "built_from": manifest.built_from,
+            "built_at": manifest.built_at,
+            "evaluation": dict(manifest.evaluation),
+            "exam": dict(manifest.exam),
+        }
+    )
+
+
+def _state(known: Known) -> schemas.State:
+    return "unavailable" if known.reason else "ready"
+
+
+def _probability(value: float) -> float:
+    """float32 carries seven digits; rounding may lie a hair outside of [0, 1]."""
+    return min(1.0, max(0.0, round(value, 7)))

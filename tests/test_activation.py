@@ -1,0 +1,144 @@
+"""A release answers only after it answered its golden pictures on this server as its export recorded."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import httpx
+
+from contract import Golden
+from export.repository import Repository
+from gateway import activation
+from gateway.releases import Known, Releases
+from gateway.triton import Inference, TritonError
+from tests.conftest import GatewayProcess, free_endpoint, wait_for
+from tests.test_outages import GOOD, MANIFEST, predict
+from tests.test_problems import IMAGE, assert_problem
+from tests.two_releases import edit_release
+from triton_runtime.server import TritonServer
+
+
+def described(gateway: GatewayProcess) -> dict[str, tuple[str, str]]:
+    releases = httpx.get(f"{gateway.url}/version").json()["pipeline"]["releases"]
+    return {release["name"]: (release["state"], release["reason"]) for release in releases}
+
+
+def is_tried(gateway: GatewayProcess, name: str) -> bool:
+    return "being tried" not in described(gateway).get(name, ("", "being tried"))[1]
+
+
+def test_a_release_that_differs_from_its_record_never_answers(pair: Path, tmp_path: Path, jpeg: bytes) -> None:
+    """The other one serves; what was refused says why, and is tried again once it was replaced."""
+    untouched = (pair / "defect-v2/config.pbtxt").read_bytes()
+    golden = Repository(pair).releases("defect")[-1].golden[0]
+    wrong = {**golden.scores, "damaged": golden.scores["damaged"] + 0.1}
+    record = {"label": golden.label, "scores": wrong, "image": json.loads(_record(pair, golden.name))["image"]}
+    edit_release(pair, "defect-v2", {f"golden {golden.name}": json.dumps(record)})
+
+    endpoint = free_endpoint()
+    with (
+        TritonServer(pair, endpoint, poll_seconds=1) as server,
+        GatewayProcess(endpoint, tmp_path / "log", deadline_s=60) as gateway,
+    ):
+        server.wait_until_ready()
+        wait_for(gateway.is_ready)
+        wait_for(lambda: is_tried(gateway, "defect-v2"))
+        state, reason = described(gateway)["defect-v2"]
+        assert state == "unavailable"
+        assert reason.startswith(f"{golden.name}: damaged {golden.scores['damaged']:.4f} ")
+        assert f"instead of {wrong['damaged']:.4f}, allowed " in reason
+        assert described(gateway)["defect-v1"] == ("ready", "")
+
+        answers = [predict(gateway, jpeg).json() for _ in range(5)]
+        assert {answer["model_version"] for answer in answers} == {"defect-v1"}
+        pinned = httpx.post(
+            f"{gateway.url}/v1/predict", params={"model_version": "defect-v2"}, content=jpeg, headers=IMAGE
+        )
+        assert assert_problem(pinned, "release_unavailable")["detail"] == f"defect-v2: {reason}"
+        page = httpx.get(f"{gateway.url}/metrics").text
+        assert 'gateway_release_active{release="defect-v2"} 0.0' in page
+        assert 'gateway_predictions_total{release="defect-v1",route="stable"} 5.0' in page
+        assert page.count("gateway_predictions_total{") == 1, "golden pictures are no predictions of users"
+        assert "golden" not in "".join(line for line in gateway.log.read_text().splitlines() if '"request"' in line)
+
+        (pair / "defect-v2/config.pbtxt").write_bytes(untouched)
+        wait_for(lambda: predict(gateway, jpeg).json()["model_version"] == "defect-v2")
+
+
+def _record(root: Path, name: str) -> str:
+    release = Repository(root).releases("defect")[-1]
+    return release.to_parameters()[f"golden {name}"]
+
+
+def test_a_release_without_golden_pictures_never_answers(repository: Path, tmp_path: Path, jpeg: bytes) -> None:
+    names = [golden.name for golden in Repository(repository).releases("defect")[0].golden]
+    edit_release(repository, "defect-v1", {f"golden {name}": None for name in names})
+    endpoint = free_endpoint()
+    with TritonServer(repository, endpoint) as server, GatewayProcess(endpoint, tmp_path / "log") as gateway:
+        server.wait_until_ready()
+        wait_for(lambda: is_tried(gateway, "defect-v1"))
+        assert "publish it again" in described(gateway)["defect-v1"][1]
+        assert_problem(predict(gateway, jpeg), "no_release")
+        assert_problem(httpx.get(f"{gateway.url}/health/ready"), "no_release")
+
+
+def test_what_answered_before_is_tried_again_when_triton_returns(pair: Path, tmp_path: Path, jpeg: bytes) -> None:
+    """Its step was edited meanwhile: same names, same digests, other answers."""
+    endpoint = free_endpoint()
+    with GatewayProcess(endpoint, tmp_path / "log", deadline_s=10) as gateway:
+        with TritonServer(pair, endpoint) as server:
+            server.wait_until_ready()
+            wait_for(lambda: described(gateway).get("defect-v2") == ("ready", ""))
+        wait_for(lambda: httpx.get(f"{gateway.url}/version").json()["triton"] is None)
+        settings = pair / "defect_postprocess/1/settings.json"
+        settings.write_text(settings.read_text().replace('"damaged"', '"x"').replace('"intact"', '"damaged"'))
+        settings.write_text(settings.read_text().replace('"x"', '"intact"'))
+        with TritonServer(pair, endpoint) as server:
+            server.wait_until_ready()
+            wait_for(lambda: all(state == "unavailable" for state, _ in described(gateway).values()))
+            assert all("instead of" in reason for _, reason in described(gateway).values())
+            assert_problem(predict(gateway, jpeg), "no_release")
+
+
+# ---- a fault that the real server cannot be made to show on demand ----
+
+
+class Faltering:
+    """Triton, which fails so many times before it answers."""
+
+    def __init__(self, failures: int, answer: Inference) -> None:
+        self.failures = failures
+        self.answer = answer
+
+    async def infer(self, *_: object) -> Inference:
+        self.failures -= 1
+        if self.failures >= 0:
+            raise TritonError(grpc.StatusCode.UNAVAILABLE, "connection reset")
+        return self.answer
+
+
+def test_trouble_on_the_way_is_no_verdict() -> None:
+    manifest = replace(MANIFEST, golden=(Golden("a", b"", "damaged", dict(GOOD.scores)),), tolerance=0.01)
+    releases = Releases(None, "defect", 1)  # type: ignore[arg-type]
+    release = Known("defect-v3", 3, manifest, "new", is_tried=False)
+    releases.known = (release,)
+
+    async def refresh(times: int) -> list[str]:
+        follower = asyncio.create_task(activation.follow(Faltering(2, GOOD), releases))  # type: ignore[arg-type]
+        reasons = []
+        for _ in range(times):
+            releases.refreshed.set()
+            await asyncio.sleep(0.01)
+            reasons.append(release.reason)
+        follower.cancel()
+        return reasons
+
+    first, second, third = asyncio.run(refresh(3))
+    assert "connection reset" in first
+    assert first == second
+    assert third == ""
+    assert releases.active() == [manifest]

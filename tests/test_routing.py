@@ -1,0 +1,442 @@
+"""Who answers: shares, sticky keys, pins, edits of the routing file, rollback, and what happens when a release goes."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from gateway.router import draw
+from tests.conftest import ROOT, GatewayProcess, free_endpoint, free_port, wait_for
+from tests.test_outages import predict
+from tests.test_problems import IMAGE, assert_problem
+from triton_runtime.server import Endpoint, TritonServer
+
+LATEST = 'stable = "latest"\n'
+ON_V1 = 'stable = "defect-v1"\n'
+
+
+def canary(percent: float, sticky: str = "") -> str:
+    return f'{ON_V1}[canary]\nrelease = "defect-v2"\npercent = {percent}\n' + f'sticky = "{sticky}"\n' * bool(sticky)
+
+
+class Routed:
+    """A gateway in front of both releases, and the file that it follows."""
+
+    def __init__(self, gateway: GatewayProcess, file: Path) -> None:
+        self.gateway = gateway
+        self.file = file
+        self.http = httpx.Client(base_url=gateway.url, timeout=60)
+        self._put = ""
+
+    def routing(self) -> dict[str, Any]:
+        return dict(self.http.get("/version").json()["pipeline"]["routing"])
+
+    def write(self, text: str, until: Callable[[dict[str, Any]], bool]) -> None:
+        self._put = ""
+        self.file.write_text(text)
+        wait_for(lambda: until(self.routing()), 5)
+
+    def put(self, text: str) -> None:
+        """Bring a good routing into force: another one first, so that waiting for a change works."""
+        if text == self._put == (self.file.read_text() if self.file.exists() else ""):
+            return
+        self.write(f'{ON_V1}[shadow]\nrelease = "defect-v1"\n', lambda r: r["shadow"] is not None and not r["error"])
+        self.write(text, lambda r: r["shadow"] is None and not r["error"])
+        self._put = text
+
+    def ask(self, jpeg: bytes, **options: Any) -> dict[str, Any]:
+        headers = {**IMAGE, **options.pop("headers", {})}
+        response = self.http.post("/v1/predict", content=jpeg, headers=headers, **options)
+        assert response.status_code == 200, response.text
+        return dict(response.json())
+
+    def samples(self, name: str) -> dict[tuple[str, ...], float]:
+        """The values of a metric, by the values of its labels in the order of the labels' names."""
+        return {
+            tuple(value for _, value in sorted(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(self.http.get("/metrics").text)
+            for sample in family.samples
+            if sample.name == name
+        }
+
+
+@pytest.fixture(scope="module")
+def followed(pair_triton: Endpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Routed]:
+    folder = tmp_path_factory.mktemp("routing")
+    file = folder / "routing.toml"
+    with GatewayProcess(pair_triton, folder / "log", deadline_s=60, routing=file) as gateway:
+        routed = Routed(gateway, file)
+        wait_for(lambda: len(routed.samples("gateway_release_active")) == 2)
+        wait_for(lambda: set(routed.samples("gateway_release_active").values()) == {1.0})
+        yield routed
+        routed.http.close()
+
+
+@pytest.fixture
+def routed(followed: Routed) -> Routed:
+    followed.put(LATEST)
+    return followed
+
+
+# ---- shares ----
+
+
+def test_the_draw_is_even_and_the_same_for_the_same_key() -> None:
+    draws = [draw(f"parcel-{number}") for number in range(20_000)]
+    assert draws == [draw(f"parcel-{number}") for number in range(20_000)]
+    assert 0 <= min(draws) < max(draws) < 100
+    for percent in (1, 5, 50, 99):
+        share = sum(value < percent for value in draws) / len(draws) * 100
+        assert share == pytest.approx(percent, abs=4 * (percent * (100 - percent) / len(draws)) ** 0.5)
+    assert len({draw(None) for _ in range(100)}) == 100
+
+
+@pytest.mark.parametrize("kind", ["metadata", "header"])
+def test_a_sticky_canary_keeps_its_keys_as_it_grows(routed: Routed, jpeg: bytes, kind: str) -> None:
+    keys = [f"parcel-{number}" for number in range(40)]
+    sticky = {"metadata": "metadata:parcel", "header": "header:X-Client-Id"}[kind]
+
+    def went_to_the_canary() -> set[str]:
+        chosen = set()
+        for key in keys:
+            if kind == "metadata":
+                body = {"image": base64.b64encode(jpeg).decode(), "metadata": {"parcel": key}}
+                answer = routed.http.post("/v1/predict", json=body).json()
+            else:
+                answer = routed.ask(jpeg, headers={"x-client-id": key})
+            assert (answer["model_version"], answer["route"]) in (("defect-v1", "stable"), ("defect-v2", "canary"))
+            if answer["route"] == "canary":
+                chosen.add(key)
+        return chosen
+
+    routed.put(canary(20, sticky))
+    few = went_to_the_canary()
+    assert few == went_to_the_canary()
+    routed.put(canary(60, sticky))
+    many = went_to_the_canary()
+    assert few < many
+    assert {key for key in keys if draw(key) < 20} == few
+    assert {key for key in keys if draw(key) < 60} == many
+
+
+def test_without_a_key_chance_decides(routed: Routed, jpeg: bytes) -> None:
+    routed.put(canary(50, "metadata:parcel"))  # a raw picture has no metadata
+    routes = [routed.ask(jpeg)["route"] for _ in range(120)]
+    assert set(routes) == {"stable", "canary"}
+    assert 30 <= routes.count("canary") <= 90  # misses once in 20 million runs
+
+
+@pytest.mark.parametrize(("percent", "route"), [(0, "stable"), (100, "canary")])
+def test_nothing_and_everything_are_shares(routed: Routed, jpeg: bytes, percent: int, route: str) -> None:
+    routed.put(canary(percent))
+    assert {routed.ask(jpeg)["route"] for _ in range(20)} == {route}
+
+
+def test_releases_says_what_each_is_used_for(routed: Routed) -> None:
+    routed.put(canary(30))
+    listed = routed.http.get("/v1/releases").json()
+    assert (listed["pipeline"], listed["stable"]) == ("defect", "defect-v1")
+    assert listed["routing"] == routed.routing()
+    assert [(r["name"], r["state"], r["reason"], r["share"], r["roles"]) for r in listed["releases"]] == [
+        ("defect-v1", "ready", "", 70.0, ["stable"]),
+        ("defect-v2", "ready", "", 30.0, ["canary"]),
+    ]
+    assert routed.samples("gateway_release_share") == {("defect-v1",): 70.0, ("defect-v2",): 30.0}
+
+
+def test_a_release_on_trial_is_not_the_latest(routed: Routed, jpeg: bytes) -> None:
+    assert routed.ask(jpeg)["model_version"] == "defect-v2"
+    routed.put(LATEST + '[canary]\nrelease = "defect-v2"\npercent = 0\n')
+    answer = routed.ask(jpeg)
+    assert (answer["model_version"], answer["route"]) == ("defect-v1", "stable")
+
+
+# ---- pins ----
+
+Pin = Callable[[httpx.Client, bytes, str], httpx.Response]
+PINS: dict[str, Pin] = {
+    "json": lambda http, jpeg, name: http.post(
+        "/v1/predict", json={"image": base64.b64encode(jpeg).decode(), "model_version": name}
+    ),
+    "form": lambda http, jpeg, name: http.post(
+        "/v1/predict", files={"image": ("p.jpg", jpeg), "model_version": (None, name)}
+    ),
+    "raw, query": lambda http, jpeg, name: http.post(
+        "/v1/predict", params={"model_version": name}, content=jpeg, headers=IMAGE
+    ),
+    "json, query": lambda http, jpeg, name: http.post(
+        "/v1/predict", params={"model_version": name}, json={"image": base64.b64encode(jpeg).decode()}
+    ),
+    "form, query": lambda http, jpeg, name: http.post(
+        "/v1/predict", params={"model_version": name}, files={"image": ("p.jpg", jpeg)}
+    ),
+}
+
+
+@pytest.mark.parametrize("form", PINS)
+def test_a_pin_is_kept(routed: Routed, jpeg: bytes, form: str) -> None:
+    routed.put(canary(100))
+    for name in ("defect-v1", "defect-v2"):
+        answer = PINS[form](routed.http, jpeg, name).json()
+        assert (answer["model_version"], answer["route"]) == (name, "pinned")
+
+
+@pytest.mark.parametrize("form", PINS)
+@pytest.mark.parametrize("name", ["defect-v3", "fruit-v1", "newest", "defect-v01", ""])
+def test_a_pin_to_what_was_never_there(routed: Routed, jpeg: bytes, form: str, name: str) -> None:
+    problem = assert_problem(PINS[form](routed.http, jpeg, name), "unknown_release")
+    assert "defect-v1, defect-v2" in problem["detail"]
+
+
+def test_a_pin_must_be_one(routed: Routed, jpeg: bytes) -> None:
+    encoded = base64.b64encode(jpeg).decode()
+    body = {"image": encoded, "model_version": "defect-v1"}
+    for response in (
+        routed.http.post("/v1/predict", params={"model_version": "defect-v2"}, json=body),
+        routed.http.post("/v1/predict?model_version=defect-v1&model_version=defect-v2", json={"image": encoded}),
+    ):
+        assert_problem(response, "invalid_request")
+    same = routed.http.post("/v1/predict", params={"model_version": "defect-v1"}, json=body)
+    assert same.json()["model_version"] == "defect-v1"
+    assert_problem(routed.http.post("/v1/predict", json={"image": encoded, "model_version": 1}), "invalid_request")
+
+
+# ---- edits ----
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("stable = ", "is not TOML"),
+        ('stabel = "latest"', "stabel"),
+        ('stable = "newest"', "latest"),
+        ('stable = "fruit-v1"', "fruit-v1 is no release of the pipeline defect"),
+        (canary(120), "percent"),
+        ("[canary]\npercent = 5", "release"),
+        (f"x = {'[' * 5000}", ""),
+    ],
+)
+def test_a_bad_edit_keeps_the_last_good_routing(routed: Routed, jpeg: bytes, text: str, said: str) -> None:
+    routed.put(canary(100))
+    since = routed.routing()["since"]
+    assert routed.samples("gateway_routing_valid") == {(): 1.0}
+    logged = routed.gateway.log.read_text().count("bad routing")
+    routed.write(text, lambda routing: routing["error"] != "")
+    routing = routed.routing()
+    assert said in routing["error"]
+    assert routing["canary"] == {"release": "defect-v2", "percent": 100.0, "sticky": None}
+    assert routing["since"] == since
+    assert routed.ask(jpeg)["route"] == "canary"
+    assert routed.samples("gateway_routing_valid") == {(): 0.0}
+    time.sleep(1)
+    assert routed.gateway.log.read_text().count("bad routing") == logged + 1, "said once"
+    routed.write(ON_V1, lambda routing: routing["error"] == "" and routing["canary"] is None)
+    assert routed.samples("gateway_routing_valid") == {(): 1.0}
+    assert routed.ask(jpeg)["route"] == "stable"
+
+
+def test_a_file_that_vanishes_changes_nothing_but_is_reported(routed: Routed, jpeg: bytes) -> None:
+    routed.put(ON_V1)
+    routed.file.unlink()
+    wait_for(lambda: "is missing" in routed.routing()["error"], 5)
+    assert routed.routing()["stable"] == "defect-v1"
+    assert routed.ask(jpeg)["model_version"] == "defect-v1"
+    routed.write(ON_V1, lambda routing: routing["error"] == "")
+
+
+def test_what_cannot_be_had_is_said_and_the_newest_answers(routed: Routed, jpeg: bytes) -> None:
+    wish = 'stable = "defect-v9"\n[canary]\nrelease = "defect-v7"\npercent = 50\n[shadow]\nrelease = "defect-v8"\n'
+    routed.write(wish, lambda routing: routing["stable"] == "defect-v9")
+    warning = routed.routing()["warning"]
+    for said in ("stable defect-v9 is not active: defect-v2 answers", "canary defect-v7", "shadow defect-v8"):
+        assert said in warning
+    assert routed.routing()["error"] == ""
+    assert {routed.ask(jpeg)["model_version"] for _ in range(5)} == {"defect-v2"}
+
+
+def test_no_file_at_the_start_means_the_latest(pair_triton: Endpoint, tmp_path: Path, jpeg: bytes) -> None:
+    file = tmp_path / "routing.toml"
+    with GatewayProcess(pair_triton, tmp_path / "log", deadline_s=60, routing=file) as gateway:
+        wait_for(gateway.is_ready)
+        routed = Routed(gateway, file)
+        wait_for(lambda: routed.ask(jpeg)["model_version"] == "defect-v2")
+        assert (routed.routing()["stable"], routed.routing()["error"]) == ("latest", "")
+        routed.write(ON_V1, lambda routing: routing["stable"] == "defect-v1")
+        assert routed.ask(jpeg)["model_version"] == "defect-v1"
+
+
+# ---- rollback ----
+
+
+def rollback(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gateway.rollback", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+
+
+def to_files(routed: Routed) -> tuple[object, ...]:
+    return "--file", routed.file, "--gateway", routed.gateway.url
+
+
+def test_a_rollback_takes_effect_within_two_seconds(routed: Routed, jpeg: bytes) -> None:
+    text = (
+        "# who answers\n"
+        'stable = "latest"  # since Monday\n\n'
+        '[canary]\nrelease = "defect-v7"\npercent = 5\n\n'
+        "# watches\n"
+        '[shadow]\nrelease = "defect-v9"  # soon\npercent = 10\n'
+    )
+    routed.write(text, lambda routing: routing["canary"] is not None)
+    routed.file.chmod(0o640)
+    assert routed.ask(jpeg)["model_version"] == "defect-v2"
+    run = rollback(*to_files(routed))
+    assert routed.ask(jpeg)["model_version"] == "defect-v1", run.stderr
+    assert run.returncode == 0
+    assert run.stdout.startswith("defect-v1 answers instead of defect-v2, ")
+    assert float(run.stdout.split(", ")[1].split(" s ")[0]) < 2
+    assert len(run.stdout.splitlines()) == 1
+    edited = routed.file.read_text()
+    for kept in ("# who answers", "# since Monday", "# watches", "# soon", "percent = 10"):
+        assert kept in edited
+    assert "canary" not in edited
+    assert routed.file.stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in routed.file.parent.iterdir() if "routing" in path.name] == ["routing.toml"]
+
+    again = rollback(*to_files(routed))
+    assert again.returncode == 1
+    assert again.stderr == "rollback: nothing to roll back to: no active release is older than defect-v1\n"
+    forward = rollback("--to", "defect-v2", *to_files(routed))
+    assert forward.returncode == 0
+    assert routed.ask(jpeg)["model_version"] == "defect-v2"
+
+
+def test_a_rollback_to_what_cannot_answer_is_refused(routed: Routed) -> None:
+    before = routed.file.read_text()
+    for name, said in (("defect-v9", "it is not there; active: defect-v1, defect-v2"), ("newest", "not the name")):
+        run = rollback("--to", name, *to_files(routed))
+        assert run.returncode == 1
+        assert said in run.stderr
+        assert len(run.stderr.splitlines()) == 1
+    assert routed.file.read_text() == before
+
+
+def test_a_rollback_that_nobody_follows_says_so(routed: Routed, tmp_path: Path) -> None:
+    run = rollback("--file", tmp_path / "another.toml", "--gateway", routed.gateway.url)
+    assert run.returncode == 1
+    assert "after 2 s defect-v2 answers" in run.stderr
+    assert "GATEWAY_ROUTING" in run.stderr
+
+
+def test_a_rollback_of_a_broken_file_leaves_it(routed: Routed) -> None:
+    for text in ("stable = ", 'stabel = "x"'):
+        routed.write(text, lambda routing: routing["error"] != "")
+        run = rollback(*to_files(routed))
+        assert run.returncode == 1
+        assert "cannot be edited" in run.stderr
+        assert routed.file.read_text() == text
+
+
+def test_a_rollback_without_a_gateway_needs_a_name(tmp_path: Path) -> None:
+    file, url = tmp_path / "routing.toml", f"http://127.0.0.1:{free_port()}"
+    run = rollback("--file", file, "--gateway", url)
+    assert run.returncode == 1
+    assert url in run.stderr
+    assert not file.exists()
+    run = rollback("--file", file, "--gateway", url, "--to", "defect-v1")
+    assert run.returncode == 0
+    assert "nobody confirmed" in run.stdout
+    assert file.read_text() == 'stable = "defect-v1"\n'
+
+
+# ---- a release that goes ----
+
+
+def test_no_request_fails_when_a_release_goes_under_load(pair: Path, tmp_path: Path, jpeg: bytes) -> None:
+    """First the canary, then, without a canary, the stable release itself; pinned requests say that it is gone."""
+    endpoint, file = free_endpoint(), tmp_path / "routing.toml"
+    file.write_text(canary(50))
+    answers: list[tuple[int, dict[str, Any]]] = []
+    stop = threading.Event()
+    with (
+        TritonServer(pair, endpoint, poll_seconds=1) as server,
+        # A gateway that looks at Triton rarely: what hides the loss is the fallback, not the inventory.
+        GatewayProcess(endpoint, tmp_path / "log", deadline_s=60, refresh_s=4, routing=file) as gateway,
+    ):
+        server.wait_until_ready()
+        routed = Routed(gateway, file)
+        wait_for(lambda: list(routed.samples("gateway_release_active").values()) == [1.0, 1.0])
+
+        def load() -> None:
+            with httpx.Client(base_url=gateway.url, timeout=60) as client:
+                while not stop.is_set():
+                    response = client.post("/v1/predict", content=jpeg, headers=IMAGE)
+                    answers.append((response.status_code, response.json()))
+
+        threads = [threading.Thread(target=load) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        try:
+            wait_for(lambda: {answer.get("route") for _, answer in answers} == {"stable", "canary"})
+            shutil.rmtree(pair / "defect-v2")
+            wait_for(lambda: any(answer.get("route") == "fallback" for _, answer in answers))
+            wait_for(lambda: len(routed.samples("gateway_release_active")) == 1)
+            enough = len(answers) + 50
+            wait_for(lambda: len(answers) > enough)
+            gone = routed.http.post("/v1/predict?model_version=defect-v2", content=jpeg, headers=IMAGE)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        log = gateway.log.read_text()
+
+    assert {status for status, _ in answers} == {200}
+    assert {(a["model_version"], a["route"]) for _, a in answers} == {
+        ("defect-v1", "stable"),
+        ("defect-v2", "canary"),
+        ("defect-v1", "fallback"),
+    }
+    assert '"passed_over": "no_release: defect-v2: NOT_FOUND' in log
+    assert answers[-1][1]["route"] == "stable", "the canary is out once the inventory is current"
+    # Its number is above all that are there: nothing tells it from one that never was.
+    assert_problem(gone, "unknown_release")
+
+
+def test_the_stable_release_may_go_as_well(pair: Path, tmp_path: Path, jpeg: bytes) -> None:
+    """What is older answers; once it is gone for good a pin to a smaller number than the newest says retired."""
+    endpoint = free_endpoint()
+    with (
+        TritonServer(pair, endpoint, poll_seconds=1) as server,
+        GatewayProcess(endpoint, tmp_path / "log", deadline_s=60, routing=tmp_path / "routing.toml") as gateway,
+    ):
+        server.wait_until_ready()
+        wait_for(gateway.is_ready)
+        wait_for(lambda: predict(gateway, jpeg).json()["model_version"] == "defect-v2")
+        aside = shutil.move(pair / "defect-v2", tmp_path / "aside")
+        routes = set()
+
+        def older_answers() -> bool:
+            answer = predict(gateway, jpeg)
+            assert answer.status_code == 200, answer.text
+            routes.add(answer.json()["route"])
+            return bool(answer.json()["model_version"] == "defect-v1")
+
+        wait_for(older_answers)
+        assert routes >= {"stable"}
+        shutil.move(aside, pair / "defect-v2")
+        wait_for(lambda: predict(gateway, jpeg).json()["model_version"] == "defect-v2")
+        shutil.rmtree(pair / "defect-v1")
+        ask = lambda: httpx.post(  # noqa: E731
+            f"{gateway.url}/v1/predict?model_version=defect-v1", content=jpeg, headers=IMAGE, timeout=60
+        )
+        wait_for(lambda: ask().status_code == 410)
+        assert "there are defect-v2" in assert_problem(ask(), "retired_release")["detail"]
