@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 DATA ?= ../shared/data/parcels
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint export openapi train perf perf-tools lock clean
+.PHONY: help setup serve rollback test lint export openapi train perf perf-drops perf-tools lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ $(VENV)/.installed: requirements/dev.lock
 
 serve: setup ## Run Triton and the gateway; Ctrl-C stops both
 	@$(RUN) -m triton_runtime.stack
+
+rollback: setup ## Have the release before the stable one answer again
+	@$(RUN) -m gateway.rollback
 
 test: setup export perf-tools ## Run all tests
 	$(RUN) -m pytest
@@ -50,6 +53,9 @@ $(VENV)-perf/.installed: requirements/perf.lock
 
 perf: setup export perf-tools ## Run perf_analyzer on the newest release
 	@$(RUN) -m perf
+
+perf-drops: setup export ## Measure the time from a dropped version to its first answer
+	@$(RUN) -m perf.drops
 
 lock: setup ## Resolve pyproject.toml into requirements/*.lock again
 	$(RUN) requirements/lock.py

@@ -51,6 +51,11 @@ class Routing(Table):
             raise ValueError(f"stable must be {LATEST!r} or the name of a release, such as defect-v1")
         return self
 
+    @property
+    def on_trial(self) -> set[str]:
+        """The canary and the shadow: "latest" is none of them, it would answer everything before its trial began."""
+        return {rule.release for rule in (self.canary, self.shadow) if rule}
+
     def releases(self) -> dict[str, str]:
         """What the file says of each release that it names, for people."""
         named = {} if self.stable == LATEST else {self.stable: "stable"}

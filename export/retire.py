@@ -55,6 +55,6 @@ def _require_unrouted(repository: Repository, name: str, routing: Routing) -> No
         raise RepositoryError(f"{name} is routed to ({role}): change the routing first")
     parsed = contract.parse_release_name(name)
     if routing.stable == LATEST and parsed and (releases := repository.releases(parsed[0])):
-        sound = [release.name for release in releases if not repository.lacks(release)]
-        if sound[-1:] == [name]:
+        proven = [r.name for r in releases if not repository.lacks(r) and r.name not in routing.on_trial]
+        if proven[-1:] == [name]:
             raise RepositoryError(f"{name} is the latest, which answers: set stable to another one first")

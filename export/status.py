@@ -30,8 +30,8 @@ def table(repository: Repository, pipeline: str, routing: Routing) -> Table:
     roles, stable_is_open = routing.releases(), routing.stable == LATEST
     for release in reversed(repository.releases(pipeline)):
         lacks = [f"{model} {how}" for model, how in repository.lacks(release).items()]
-        if stable_is_open and not lacks:
-            roles[release.name], stable_is_open = ", ".join(filter(None, ["latest", roles.get(release.name)])), False
+        if stable_is_open and not lacks and release.name not in routing.on_trial:
+            roles[release.name], stable_is_open = "stable (latest)", False
         result.add_row(
             release.name,
             roles.get(release.name, ""),

@@ -17,6 +17,7 @@ from contract import Manifest
 from gateway.triton import ModelState, TritonClient, TritonError
 
 _CHECKING = "its golden pictures are being tried"
+_MOVING = "Triton is loading or unloading it"
 logger = logging.getLogger("gateway.releases")
 
 
@@ -115,7 +116,10 @@ class Releases:
     async def _look_at(self, state: ModelState, number: int, before: Known | None, is_back: bool) -> Known:
         if not state.is_ready:
             manifest = before.manifest if before else None
-            return Known(state.name, number, manifest, state.reason, is_loaded=False)
+            # Without a reason it is being loaded or unloaded. What answered goes on: the old one serves until the new
+            # one does, and should it be gone, the request goes to another release.
+            reason = before.reason if before and manifest and not state.reason else state.reason or _MOVING
+            return Known(state.name, number, manifest, reason, is_loaded=False)
         stays = before is not None and before.is_loaded and not is_back
         is_refused = before is not None and before.is_tried and before.reason
         if before and stays and not is_refused:
@@ -132,7 +136,7 @@ class Releases:
         if before and manifest == before.manifest:
             if stays:
                 return before
-            if is_back and not before.reason:  # it answered before Triton went away: goes on while it is tried again
+            if not before.reason:  # it answered before it was loaded again: goes on while it is tried again
                 return Known(state.name, number, manifest, "", is_tried=False)
         return Known(state.name, number, manifest, _CHECKING, is_tried=False)
 

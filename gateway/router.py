@@ -42,9 +42,8 @@ class Router:
         """The roles, as they can be filled now."""
         routing, active = self.file.routing, self._releases.active()
         by_name = {release.name: release for release in active}
-        # A release on trial is not "the latest": it would answer everything before its trial began.
-        on_trial = {rule.release for rule in (routing.canary, routing.shadow) if rule}
-        latest = next((release for release in active if release.name not in on_trial), active[0] if active else None)
+        proven = (release for release in active if release.name not in routing.on_trial)
+        latest = next(proven, active[0] if active else None)
         stable = latest if routing.stable == LATEST else by_name.get(routing.stable, latest)
         warnings = []
         if stable and routing.stable not in (LATEST, stable.name):

@@ -12,10 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import onnx
 import pytest
 
+from export import candidate
 from export.__main__ import main as export_main
+from export.config import Serving
+from export.exam import Rules
+from export.release import Examiner
 from export.repository import Repository
+from tests import drops
 from tests.offline import Offline
 from tests.two_releases import publish_contrary
 from triton_runtime.server import Endpoint, TritonServer
@@ -138,6 +144,24 @@ def pair_triton(pristine_pair: Path) -> Iterator[Endpoint]:
     with TritonServer(pristine_pair, free_endpoint(), poll_seconds=1) as server:
         server.wait_until_ready()
         yield server.endpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_only(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with one small pipeline, `tiny`, published as a user would. Shared: copy it before changing it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    root = Path(shutil.copytree(pristine, folder / "model_repository"))
+    onnx.save(drops.network(0.0), folder / "tiny.onnx")
+    built = candidate.from_onnx(folder / "tiny.onnx", drops.SPEC, Repository(root), lambda _: None)
+    Examiner(Repository(root), Serving.read(ROOT / "export/serving.toml"), Rules()).release(built, lambda _: None)
+    for path in root.glob("defect*"):
+        shutil.rmtree(path)
+    return root
+
+
+@pytest.fixture
+def tiny(tiny_only: Path, tmp_path: Path) -> Repository:
+    return Repository(Path(shutil.copytree(tiny_only, tmp_path / "model_repository")))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from contract import Golden
 from export.repository import Repository
 from gateway import activation
 from gateway.releases import Known, Releases
-from gateway.triton import Inference, TritonError
+from gateway.triton import Inference, ModelState, TritonError
 from tests.conftest import GatewayProcess, free_endpoint, wait_for
 from tests.test_outages import GOOD, MANIFEST, predict
 from tests.test_problems import IMAGE, assert_problem
@@ -142,3 +142,40 @@ def test_trouble_on_the_way_is_no_verdict() -> None:
     assert first == second
     assert third == ""
     assert releases.active() == [manifest]
+
+
+class Moving:
+    """Triton, while it loads what it has served before: its index gives no reason then."""
+
+    def __init__(self) -> None:
+        self.states: list[ModelState] = []
+
+    async def version(self, _: float) -> str:
+        return "2.51.0"
+
+    async def index(self, _: float) -> list[ModelState]:
+        return self.states
+
+    async def parameters(self, *_: object) -> dict[str, str]:
+        return MANIFEST.to_parameters()
+
+
+def test_what_answers_goes_on_while_triton_loads_it_again_and_what_is_new_waits() -> None:
+    triton = Moving()
+    releases = Releases(triton, "defect", 1)  # type: ignore[arg-type]
+
+    def look(*states: ModelState) -> list[str]:
+        triton.states = list(states)
+        asyncio.run(releases.refresh())
+        return [release.name for release in releases.active()]
+
+    ready, moving = ModelState("defect-v3", True, ""), ModelState("defect-v3", False, "")
+    assert look(moving) == []
+    assert "loading" in releases.known[0].reason
+    assert look(ready) == [], "it has not been tried yet"
+    releases.judge(releases.known[0], "")
+    assert look(ready) == look(moving) == ["defect-v3"]
+    assert look(ready) == ["defect-v3"]
+    assert releases.untried() == list(releases.known), "and is tried again"
+    assert look(ModelState("defect-v3", False, "no such file")) == []
+    assert releases.known[0].reason == "no such file"

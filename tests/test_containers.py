@@ -11,6 +11,7 @@ import pytest
 import yaml
 from compose_viz.spec.compose_spec import ComposeSpecification
 
+from contract.routing import Routing
 from export.steps import REPOSITORY
 from gateway.settings import Settings
 from tests.conftest import ROOT
@@ -152,3 +153,19 @@ def test_triton_and_its_repository_share_one_volume() -> None:
     serving = tomllib.loads((ROOT / "export/serving.toml").read_text())
     assert f"engines:{serving['classifier']['engine_cache']}" in SERVICES["triton"]["volumes"]
     assert SERVICES["triton"]["shm_size"] == "1gb"
+
+
+def test_the_watcher_follows_the_same_volume() -> None:
+    watch = SERVICES["watch"]
+    assert watch["build"] == SERVICES["export"]["build"]
+    assert "models:/models" in watch["volumes"]
+    assert watch["command"] == ["python", "-m", "export", "watch", "--repository", "/models/model_repository"]
+    assert watch["depends_on"]["export"]["condition"] == "service_completed_successfully"
+
+
+def test_the_gateway_follows_the_routing_file_of_this_checkout() -> None:
+    gateway = SERVICES["gateway"]
+    assert "./routing:/etc/gateway:ro" in gateway["volumes"]
+    assert gateway["environment"]["GATEWAY_ROUTING"] == "/etc/gateway/routing.toml"
+    assert Settings.model_fields["routing"].default == Path("routing/routing.toml")
+    assert Routing.read(ROOT / "routing/routing.toml") == Routing()

@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import tritonclient.grpc as triton_grpc
 
-from export import candidate, config, doctor, exam
+from export import config, doctor, exam
 from export.__main__ import main
 from export.exam import Rules, Verdict
 from export.release import Examiner
@@ -33,24 +32,6 @@ from tests.test_export import SERVING, snapshot
 from triton_runtime.server import TritonServer
 
 PICTURE = EXAMPLES[0].read_bytes()
-
-
-@pytest.fixture(scope="module")
-def tiny_only(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with one small pipeline, `tiny`, published as a user would. Shared: copy it before changing it."""
-    folder = tmp_path_factory.mktemp("tiny")
-    root = Path(shutil.copytree(pristine, folder / "model_repository"))
-    onnx.save(drops.network(0.0), folder / "tiny.onnx")
-    built = candidate.from_onnx(folder / "tiny.onnx", drops.SPEC, Repository(root), lambda _: None)
-    Examiner(Repository(root), SERVING, Rules()).release(built, lambda _: None)
-    for path in root.glob("defect*"):
-        shutil.rmtree(path)
-    return root
-
-
-@pytest.fixture
-def tiny(tiny_only: Path, tmp_path: Path) -> Repository:
-    return Repository(Path(shutil.copytree(tiny_only, tmp_path / "model_repository")))
 
 
 def watcher_of(repository: Repository, events: list[dict], settle_s: float = 0.0, **rules: float) -> Watcher:

@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -28,11 +29,14 @@ SAMPLE = ROOT / "examples" / "parcel-damaged.jpg"
 class Child:
     """`python -m <arguments>` as a child process. Leaving the context lets it finish what it has begun."""
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
+    def __init__(
+        self, *arguments: str, environment: Mapping[str, str] | None = None, stdout: int | None = None
+    ) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
-            env={**os.environ, **environment},
+            env={**os.environ, **(environment or {})},
             cwd=ROOT,
+            stdout=stdout,
             start_new_session=True,
             preexec_fn=die_with_parent,
         )
@@ -49,8 +53,14 @@ class Child:
 class Gateway(Child):
     """The gateway in front of `triton`."""
 
-    def __init__(self, triton: Endpoint, address: str, port: int) -> None:
-        super().__init__("gateway", GATEWAY_TRITON_URL=triton.grpc_url)
+    def __init__(self, triton: Endpoint, address: str, port: int, log_level: str = "info") -> None:
+        environment = {
+            "GATEWAY_TRITON_URL": triton.grpc_url,
+            "GATEWAY_HOST": address,
+            "GATEWAY_PORT": str(port),
+            "GATEWAY_LOG_LEVEL": os.environ.get("GATEWAY_LOG_LEVEL", log_level),
+        }
+        super().__init__("gateway", environment=environment)
         self.url = f"http://{address}:{port}"
 
     def predict(self, picture: Path, timeout: float) -> dict:

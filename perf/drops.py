@@ -1,0 +1,205 @@
+"""`python -m perf.drops`: how long it takes from a dropped version to its first answer, and what takes how long.
+
+Runs the whole stack on a copy of the repository, drops slightly different weights of the project's own model one
+after the other, and reads the clock where each part hands over to the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import load_file
+
+from export import graph
+from export.repository import Repository
+from triton_runtime.installation import Missing
+from triton_runtime.server import Endpoint, TritonFailed, TritonServer
+from triton_runtime.signals import Stopped, unwind_on_signals
+from triton_runtime.stack import ROOT, SAMPLE, Child, Gateway
+
+CHECKPOINT = ROOT / "export" / "checkpoints" / "defect"
+PARTS = {
+    "settle": "the drop stands still, and is noticed",
+    "exam": "the exam, and publishing",
+    "poll": "Triton notices, and loads",
+    "activation": "the gateway notices, and tries the golden pictures",
+    "answer": "the next request",
+}
+_PATIENCE_S = 120.0
+
+
+@dataclass
+class Watching:
+    """The watcher's events, by name and drop, as they come: seconds since the epoch."""
+
+    at: dict[tuple[str, str], float] = field(default_factory=dict)
+    causes: dict[str, str] = field(default_factory=dict)
+
+    def read(self, lines: Iterable[bytes]) -> None:
+        """Take in JSON lines until there are no more."""
+        for line in lines:
+            event = json.loads(line)
+            if "drop" in event:
+                self.at[event["event"], event["drop"]] = datetime.fromisoformat(event["time"]).timestamp()
+                self.causes[event["drop"]] = event.get("cause", "")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What runs for a measurement."""
+
+    repository: Repository
+    triton: Endpoint
+    gateway: Gateway
+    watching: Watching
+
+    def drop(self, nudge: float) -> dict[str, float]:
+        """Drop a version and wait for its first answer; the seconds that each of `PARTS` took.
+
+        Raises:
+            TritonFailed: it was refused, or did not answer in time.
+        """
+        number = 1 + max(self.repository.versions("defect", "classifier"))
+        release = f"defect-v{1 + self.repository.releases('defect')[-1].number}"
+        name = f"defect_classifier/{number}"
+        staged = Path(tempfile.mkdtemp(dir=self.repository.root.parent)) / str(number)
+        staged.mkdir()
+        (staged / "model.onnx").write_bytes(_model(nudge))
+        times = [time.time()]
+        staged.rename(self.repository.root / name)
+        _wait(lambda: ("published", name) in self.watching.at or ("refused", name) in self.watching.at)
+        if ("refused", name) in self.watching.at:
+            raise TritonFailed(f"{name} was refused: {self.watching.causes[name]}")
+        times += [self.watching.at["examining", name], self.watching.at["published", name]]
+        for condition in (
+            lambda: _get(self.triton.url(f"/v2/models/{release}/ready")) is not None,
+            lambda: self._state(release) == "ready",
+            lambda: self.gateway.predict(SAMPLE, 10)["model_version"] == release,
+        ):
+            _wait(condition)
+            times.append(time.time())
+        return {part: after - before for part, (before, after) in zip(PARTS, pairwise(times), strict=True)}
+
+    def _state(self, release: str) -> str:
+        page = _get(f"{self.gateway.url}/v1/releases") or {"releases": []}
+        return next((str(each["state"]) for each in page["releases"] if each["name"] == release), "")
+
+
+@contextmanager
+def running(repository: Path, settle_s: float) -> Iterator[Stack]:
+    """The whole stack on a copy of `repository`."""
+    with tempfile.TemporaryDirectory(prefix="drops-") as folder:
+        root = Path(shutil.copytree(repository, Path(folder, "model_repository")))
+        endpoint = Endpoint(http=_free_port(), grpc=_free_port(), metrics=_free_port())
+        watch = ["export", "watch", "--repository", str(root), "--settle-s", str(settle_s)]
+        with TritonServer(root, endpoint) as triton:
+            triton.wait_until_ready()
+            with (
+                Gateway(endpoint, "127.0.0.1", _free_port(), log_level="error") as gateway,
+                Child(*watch, stdout=subprocess.PIPE) as watcher,
+            ):
+                gateway.predict(SAMPLE, 60)
+                watching = Watching()
+                assert watcher.process.stdout is not None
+                threading.Thread(target=watching.read, args=(watcher.process.stdout,), daemon=True).start()
+                yield Stack(Repository(root), endpoint, gateway, watching)
+
+
+def _model(nudge: float) -> bytes:
+    card = json.loads((CHECKPOINT / "card.json").read_text())
+    weights = load_file(CHECKPOINT / "model.safetensors")
+    weights["_fc.bias"] = weights["_fc.bias"] + np.array([nudge, 0], np.float16)
+    return graph.from_checkpoint(weights, card["labels"], card["temperature"]).SerializeToString()
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TritonFailed(f"a part of the stack did not follow within {_PATIENCE_S:g} s")
+        time.sleep(0.02)
+
+
+def _get(url: str) -> Any:
+    """The JSON under a URL ({} where there is no body); None where it is not 200."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return json.loads(response.read() or b"{}")
+    except (urllib.error.URLError, OSError, ValueError):
+        return None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def table(measured: list[dict[str, float]]) -> Table:
+    """Mean and range of each part, and of the whole."""
+    result = Table(title=f"from a drop to its first answer, {len(measured)} drops (seconds)", title_justify="left")
+    for header in ("part", "mean", "range", "what"):
+        result.add_column(header, justify="right" if header in ("mean", "range") else "left")
+    totals = [sum(each.values()) for each in measured]
+    rows = {part: [each[part] for each in measured] for part in PARTS} | {"all": totals}
+    for name, values in rows.items():
+        bar = "█" * round(30 * statistics.mean(values) / statistics.mean(totals)) if name != "all" else ""
+        what = PARTS.get(name, "")
+        result.add_row(
+            name, f"{statistics.mean(values):.2f}", f"{min(values):.2f} to {max(values):.2f}", f"{bar} {what}".strip()
+        )
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print a table; 1 where it could not be measured."""
+    parse = argparse.ArgumentParser(
+        prog="python -m perf.drops", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parse.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: model_repository")
+    parse.add_argument("--drops", type=int, default=5, metavar="N", help="how many (default: 5)")
+    parse.add_argument("--settle-s", type=float, default=3.0, metavar="S", help="as of export watch (default: 3)")
+    parse.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    options = parse.parse_args(arguments)
+    unwind_on_signals()
+    console = Console()
+    try:
+        with console.status("starting the stack") as status, running(options.repository, options.settle_s) as stack:
+            measured = []
+            for i in range(options.drops):
+                status.update(f"drop {i + 1} of {options.drops}")
+                measured.append(stack.drop(0.05 * (i + 1)))
+    except (Missing, TritonFailed, OSError) as error:
+        print(f"perf: {error}", file=sys.stderr)
+        return 1
+    except Stopped:
+        return 1
+    if options.json:
+        options.json.write_text(json.dumps({"settle_s": options.settle_s, "drops": measured}, indent=2) + "\n")
+    console.print(table(measured))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Twenty times around: publish, activate, canary, promote, roll back, retire - under load that must never notice."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import httpx
+import pytest
+
+from export.exam import Rules
+from export.release import Examiner
+from export.repository import Repository
+from gateway.rollback import roll_back
+from tests import drops
+from tests.conftest import EXAMPLES, GatewayProcess, free_endpoint, wait_for
+from tests.offline import Offline
+from tests.test_export import SERVING
+from triton_runtime.server import TritonServer
+
+CYCLES, CONNECTIONS = 20, 16
+PICTURE = EXAMPLES[0].read_bytes()
+RESTARTS = {4: "both", 8: "gateway", 12: "both", 16: "gateway"}
+
+
+class Stack:
+    """A gateway in front of a Triton. A restart begins the new one before it ends the old one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._triton = self._start_triton()
+        self._gateway = self._start_gateway()
+
+    @property
+    def url(self) -> str:
+        return self._gateway.url
+
+    def restart(self, load: Load, *, with_triton: bool) -> None:
+        old_triton, old_gateway = self._triton, self._gateway
+        if with_triton:
+            self._triton = self._start_triton()
+        self._gateway = self._start_gateway()
+        load.move(self.url)
+        old_gateway.__exit__()
+        if with_triton:
+            old_triton.stop()
+
+    def stop(self) -> None:
+        self._gateway.__exit__()
+        self._triton.stop()
+
+    def _start_triton(self) -> TritonServer:
+        triton = TritonServer(self._folder / "model_repository", free_endpoint(), poll_seconds=1).__enter__()
+        triton.wait_until_ready()
+        return triton
+
+    def _start_gateway(self) -> GatewayProcess:
+        settings = {"pipeline": "tiny", "deadline_s": 60, "refresh_s": 0.3, "routing": self._folder / "routing.toml"}
+        gateway = GatewayProcess(self._triton.endpoint, self._folder / "gateway.log", **settings).__enter__()
+        wait_for(gateway.is_ready)
+        return gateway
+
+
+class Load:
+    """Sixteen connections that never pause. `answers` is all that ever came back: release, route, scores."""
+
+    def __init__(self, url: str) -> None:
+        self.answers: list[tuple[str, str, dict[str, float]]] = []
+        self.failures: list[str] = []
+        self._url = url
+        self._on = [url] * CONNECTIONS
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(i,)) for i in range(CONNECTIONS)]
+        for thread in self._threads:
+            thread.start()
+
+    def move(self, url: str) -> None:
+        """Send everything elsewhere; returns when nobody waits for an answer from the old place."""
+        self._url = url
+        wait_for(lambda: set(self._on) == {url}, 60)
+
+    def wait_for_more(self, count: int) -> None:
+        enough = len(self.answers) + count
+        wait_for(lambda: len(self.answers) >= enough or bool(self.failures), 60)
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, i: int) -> None:
+        client = httpx.Client(timeout=60)
+        while not self._stop.is_set():
+            if self._on[i] != self._url:
+                client.close()
+                client, self._on[i] = httpx.Client(timeout=60), self._url
+            try:
+                response = client.post(
+                    f"{self._on[i]}/v1/predict", content=PICTURE, headers={"Content-Type": "image/jpeg"}
+                )
+                answer = response.json()
+                if response.status_code != 200:
+                    self.failures.append(response.text)
+                    continue
+                scores = {score["label"]: score["confidence"] for score in answer["scores"]}
+                self.answers.append((answer["model_version"], answer["route"], scores))
+            except Exception as error:
+                self.failures.append(repr(error))
+        client.close()
+
+
+@pytest.mark.timeout(1200)
+def test_twenty_cycles_without_a_failed_request_or_a_wrong_name(tiny: Repository) -> None:
+    repository, folder = tiny, tiny.root.parent
+    routing = folder / "routing.toml"
+    examiner = Examiner(repository, SERVING, Rules())
+    expected: dict[str, dict[str, float]] = {}
+
+    def route(text: str) -> None:
+        staged = folder / "routing.new"
+        staged.write_text(text)
+        staged.rename(routing)
+
+    def releases() -> dict:
+        return dict(httpx.get(f"{stack.url}/v1/releases").json())
+
+    def remember(release: str) -> None:
+        expected[release] = Offline(repository.root, "tiny", repository.release(release)).answer(PICTURE)[1]
+
+    def answered_by(release: str, way: str) -> int:
+        return sum(1 for name, via, _ in list(load.answers) if (name, via) == (release, way))
+
+    def wait_for_answers(release: str, way: str, more_than: int) -> None:
+        wait_for(lambda: answered_by(release, way) > more_than or bool(load.failures), 60)
+
+    def wait_until_active(release: str) -> None:
+        wait_for(lambda: any((r["name"], r["state"]) == (release, "ready") for r in releases()["releases"]), 60)
+
+    def wait_until_stable(release: str) -> None:
+        wait_for(lambda: releases()["stable"] == release)
+
+    remember("tiny-v1")
+    route('stable = "tiny-v1"\n')
+    stack = Stack(folder)
+    load = Load(stack.url)
+    stable = "tiny-v1"
+    try:
+        for cycle in range(1, CYCLES + 1):
+            number = 1 + max(repository.versions("tiny", "classifier"))
+            drop = repository.step_folder("tiny", "classifier", number)
+            drop.mkdir()
+            (drop / "model.onnx").write_bytes(drops.sealed(0.315 - 0.03 * cycle).SerializeToString())
+            new = examiner.release_drop("tiny", {"classifier": number}, lambda _: None).manifest.name
+            remember(new)
+            wait_until_active(new)
+            load.wait_for_more(5)
+            assert answered_by(new, "stable") == 0, "published is not routed to"
+
+            route(f'stable = "{stable}"\n[canary]\nrelease = "{new}"\npercent = 30\n')
+            wait_for_answers(new, "canary", 3)
+            route(f'stable = "{new}"\n')
+            wait_for_answers(new, "stable", 10)
+
+            roll_back(None, routing, stack.url)
+            before = answered_by(new, "stable")
+            load.wait_for_more(CONNECTIONS + 20)
+            # What was in flight at the moment of the rollback may still come back.
+            assert answered_by(new, "stable") - before <= CONNECTIONS
+            assert releases()["stable"] == stable
+
+            route(f'stable = "{new}"\n')
+            wait_until_stable(new)
+            if cycle > 1:
+                repository.retire(f"tiny-v{cycle - 1}")
+            stable = new
+            if restart := RESTARTS.get(cycle):
+                stack.restart(load, with_triton=restart == "both")
+            assert not load.failures, load.failures[:3]
+    finally:
+        load.stop()
+        stack.stop()
+    assert load.failures == []
+    ways = Counter(way for _, way, _ in load.answers)
+    assert set(ways) <= {"stable", "canary", "fallback"}
+    assert {name for name, _, _ in load.answers} == set(expected)
+    for name, _, scores in load.answers:
+        assert scores == pytest.approx(expected[name], abs=1e-4), name
+    apart = sorted(scores["dark"] for scores in expected.values())
+    assert min(b - a for a, b in pairwise(apart)) > 5e-3, "the releases can be told apart"
