@@ -46,6 +46,8 @@ class Releases:
         self.pipeline = pipeline
         self.known: tuple[Known, ...] = ()
         """Oldest first."""
+        self.newest_number = 0
+        """The highest that was ever seen: up to there, what is not here was retired."""
         self.triton_version: str | None = None
         """None while Triton cannot be reached."""
         self.refreshed = asyncio.Event()
@@ -102,6 +104,7 @@ class Releases:
         for name in {name for name, _ in before} - {release.name for release in known}:
             logger.info("release gone", extra={"fields": {"release": name}})
         self.triton_version, self.known = version, known
+        self.newest_number = max([self.newest_number, *(release.number for release in known)])
         self.refreshed.set()
 
     async def _ask(self, is_back: bool) -> tuple[Known, ...]:

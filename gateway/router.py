@@ -102,8 +102,7 @@ class Router:
             raise self._nobody()
         there = f"there are {', '.join(release.name for release in self._releases.known)}"
         parsed = parse_release_name(name)
-        newest = self._releases.known[-1].number
-        if parsed and parsed[0] == self._releases.pipeline and parsed[1] <= newest:
+        if parsed and parsed[0] == self._releases.pipeline and parsed[1] <= self._releases.newest_number:
             raise Failure("retired_release", f"{name} is not there any more; {there}")
         raise Failure("unknown_release", f"{name[:64]!r} is no release; {there}")
 

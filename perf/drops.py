@@ -40,13 +40,15 @@ from triton_runtime.stack import ROOT, SAMPLE, Child, Gateway
 
 CHECKPOINT = ROOT / "export" / "checkpoints" / "defect"
 PARTS = {
-    "settle": "the drop stands still, and is noticed",
-    "exam": "the exam, and publishing",
-    "poll": "Triton notices, and loads",
-    "activation": "the gateway notices, and tries the golden pictures",
-    "answer": "the next request",
+    "settle": "stands still, is noticed",
+    "exam": "is examined and published",
+    "poll": "Triton notices and loads it",
+    "activation": "the gateway tries it",
+    "answer": "answers the next request",
 }
 _PATIENCE_S = 120.0
+_BAR = 16
+"""Characters that the whole is long."""
 
 
 @dataclass
@@ -159,16 +161,15 @@ def _free_port() -> int:
 def table(measured: list[dict[str, float]]) -> Table:
     """Mean and range of each part, and of the whole."""
     result = Table(title=f"from a drop to its first answer, {len(measured)} drops (seconds)", title_justify="left")
-    for header in ("part", "mean", "range", "what"):
-        result.add_column(header, justify="right" if header in ("mean", "range") else "left")
+    for header in ("part", "mean", "range"):
+        result.add_column(header, justify="left" if header == "part" else "right")
+    result.add_column("", min_width=_BAR)
+    result.add_column("the drop ...")
     totals = [sum(each.values()) for each in measured]
-    rows = {part: [each[part] for each in measured] for part in PARTS} | {"all": totals}
-    for name, values in rows.items():
-        bar = "█" * round(30 * statistics.mean(values) / statistics.mean(totals)) if name != "all" else ""
-        what = PARTS.get(name, "")
-        result.add_row(
-            name, f"{statistics.mean(values):.2f}", f"{min(values):.2f} to {max(values):.2f}", f"{bar} {what}".strip()
-        )
+    for name, values in ({part: [each[part] for each in measured] for part in PARTS} | {"all": totals}).items():
+        mean = statistics.mean(values)
+        bar = "█" * round(_BAR * mean / statistics.mean(totals)) if name in PARTS else ""
+        result.add_row(name, f"{mean:.2f}", f"{min(values):.2f} to {max(values):.2f}", bar, PARTS.get(name, ""))
     return result
 
 
