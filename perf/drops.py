@@ -41,13 +41,13 @@ from triton_runtime.stack import ROOT, SAMPLE, Child, Gateway
 CHECKPOINT = ROOT / "export" / "checkpoints" / "defect"
 PARTS = {
     "settle": "stands still, is noticed",
-    "exam": "is examined and published",
-    "poll": "Triton notices and loads it",
-    "activation": "the gateway tries it",
-    "answer": "answers the next request",
+    "exam": "is examined, published",
+    "poll": "is loaded by Triton",
+    "activation": "is tried by the gateway",
+    "answer": "answers a request",
 }
 _PATIENCE_S = 120.0
-_BAR = 16
+_BAR = 12
 """Characters that the whole is long."""
 
 

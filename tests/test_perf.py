@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from perf import analyzer
+from perf import analyzer, drops
 from perf.__main__ import main
 from tests.conftest import EXAMPLES
 from triton_runtime.server import Endpoint
@@ -53,3 +54,18 @@ def test_a_missing_binary_says_how_to_get_it(tmp_path: Path) -> None:
 
 def test_an_empty_folder_of_pictures_is_an_error(perf: Callable[..., int], tmp_path: Path) -> None:
     assert perf("--pictures", str(tmp_path)) == 1
+
+
+def test_a_drop_is_timed_from_its_arrival_to_its_first_answer(
+    pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("perf.drops.unwind_on_signals", lambda: None)
+    figures = tmp_path / "drops.json"
+    command = ["--repository", str(pristine), "--drops", "1", "--settle-s", "0.5", "--json", str(figures)]
+    assert drops.main(command) == 0
+    (seconds,) = json.loads(figures.read_text())["drops"]
+    assert list(seconds) == list(drops.PARTS)
+    assert seconds["settle"] >= 0.5
+    assert all(value > 0 for value in seconds.values())
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in [*drops.PARTS, "all"])
