@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -36,7 +35,7 @@ from export.repository import Repository
 from triton_runtime.installation import Missing
 from triton_runtime.server import Endpoint, TritonFailed, TritonServer
 from triton_runtime.signals import Stopped, unwind_on_signals
-from triton_runtime.stack import ROOT, SAMPLE, Child, Gateway
+from triton_runtime.stack import ROOT, SAMPLE, Child, Gateway, free_port
 
 CHECKPOINT = ROOT / "export" / "checkpoints" / "defect"
 PARTS = {
@@ -113,12 +112,12 @@ def running(repository: Path, settle_s: float) -> Iterator[Stack]:
     """The whole stack on a copy of `repository`."""
     with tempfile.TemporaryDirectory(prefix="drops-") as folder:
         root = Path(shutil.copytree(repository, Path(folder, "model_repository")))
-        endpoint = Endpoint(http=_free_port(), grpc=_free_port(), metrics=_free_port())
+        endpoint = Endpoint(http=free_port(), grpc=free_port(), metrics=free_port())
         watch = ["export", "watch", "--repository", str(root), "--settle-s", str(settle_s)]
         with TritonServer(root, endpoint) as triton:
             triton.wait_until_ready()
             with (
-                Gateway(endpoint, "127.0.0.1", _free_port(), log_level="error") as gateway,
+                Gateway(endpoint, "127.0.0.1", free_port(), log_level="error") as gateway,
                 Child(*watch, stdout=subprocess.PIPE) as watcher,
             ):
                 gateway.predict(SAMPLE, 60)
@@ -150,12 +149,6 @@ def _get(url: str) -> Any:
             return json.loads(response.read() or b"{}")
     except (urllib.error.URLError, OSError, ValueError):
         return None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def table(measured: list[dict[str, float]]) -> Table:

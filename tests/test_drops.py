@@ -35,7 +35,7 @@ PICTURE = EXAMPLES[0].read_bytes()
 
 
 def watcher_of(repository: Repository, events: list[dict], settle_s: float = 0.0, **rules: float) -> Watcher:
-    examiner = Examiner(repository, SERVING, Rules(**{"timeout_s": 20, **rules}))
+    examiner = Examiner(repository, SERVING, Rules(**{"timeout_s": 12, **rules}))
     return Watcher(examiner, settle_s, lambda line: events.append(json.loads(line)))
 
 
