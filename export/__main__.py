@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 import contract
-from export import candidate, diff, doctor, graph, release, retire, status, watch
+from export import candidate, diff, doctor, graph, quantize, release, retire, status, watch
 from export.release import Refused
 from export.repository import RepositoryError
 from export.spec import Spec
@@ -18,6 +18,7 @@ _EPILOG = """examples:
   python -m export                                         the checkpoint of this project -> defect-v<n>
   python -m export --checkpoint runs/7                     another checkpoint (model.safetensors, card.json)
   python -m export --onnx fruit.onnx --spec fruit.toml     a model of your own -> <name in the spec>-v<n>
+  python -m export --precision int8 --calibration photos   the same in eight-bit integers, as a release of its own
   python -m export --to model.onnx                         the classifier alone, to be dropped into a repository
   python -m export release --classifier 4                  examine a dropped version, publish it if it passes
   python -m export watch                                   do that with whatever is dropped, for ever
@@ -41,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--pipeline", default="defect", metavar="NAME", help="of a checkpoint (default: defect)")
     source.add_argument("--onnx", type=Path, metavar="FILE", help="a model of your own, with --spec")
     source.add_argument("--spec", type=Path, metavar="FILE", help="TOML: name, labels, input, output")
+    source.add_argument("--precision", choices=["fp32", "int8"], default="fp32", help="int8 needs --calibration")
+    source.add_argument("--calibration", type=Path, metavar="DIR", help="pictures as in production, 100 or more")
     target = parse.add_argument_group("where to")
     target.add_argument("--to", type=Path, metavar="FILE", help="write the ONNX file here, and publish nothing")
     target.add_argument("--if-missing", action="store_true", help="do nothing where the newest release is complete")
@@ -70,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         parse.error("--onnx and --spec go together")
     if options.onnx and options.checkpoint:
         parse.error("give --checkpoint or --onnx, not both")
+    if (options.precision == "int8") != (options.calibration is not None):
+        parse.error("--precision int8 and --calibration go together")
     if not contract.PIPELINE_NAME.fullmatch(options.pipeline):
         parse.error("--pipeline must be lower-case letters, digits and _, starting with a letter")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -87,6 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             folder = options.checkpoint or options.default_checkpoint
             built = candidate.from_checkpoint(folder, options.pipeline, repository, report)
+        if options.calibration:
+            built = quantize.int8(built, options.calibration, report)
         if options.to:
             options.to.write_bytes(built.steps["classifier"].files["model.onnx"])
             print(options.to)

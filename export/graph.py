@@ -135,11 +135,8 @@ def seal(model: ModelProto) -> ModelProto:
     return model
 
 
-def content_digest(model: ModelProto) -> str:
-    """SHA-256, in hexadecimal, of a graph without its seal: the same before and after `seal`.
-
-    Source of the bytes: protobuf's serialisation, which is stable for messages without maps, as ONNX's are.
-    """
+def unseal(model: ModelProto) -> ModelProto:
+    """The graph without what `seal` added: to be changed, and sealed again."""
     bare = _copy(model)
     for field in (bare.graph.node, bare.graph.initializer):
         kept = [item for item in field if not item.name.startswith(_SEAL)]
@@ -148,7 +145,15 @@ def content_digest(model: ModelProto) -> str:
     outputs = [output for output in bare.graph.output if output.name != DIGEST]
     del bare.graph.output[:]
     bare.graph.output.extend(outputs)
-    return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()
+    return bare
+
+
+def content_digest(model: ModelProto) -> str:
+    """SHA-256, in hexadecimal, of a graph without its seal: the same before and after `seal`.
+
+    Source of the bytes: protobuf's serialisation, which is stable for messages without maps, as ONNX's are.
+    """
+    return hashlib.sha256(unseal(model).SerializeToString(deterministic=True)).hexdigest()
 
 
 def opset_of(model: ModelProto) -> int:
