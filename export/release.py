@@ -45,6 +45,11 @@ class Refused(ValueError):
         super().__init__(verdict.cause)
         self.verdict = verdict
 
+    @classmethod
+    def at(cls, check: str, detail: str) -> Refused:
+        """Refused by one check, before any other was made."""
+        return cls(Verdict(passed=False, checks=[Check(name=check, passed=False, detail=detail)]))
+
 
 @dataclass(frozen=True)
 class Examiner:
@@ -124,7 +129,7 @@ class Examiner:
             if known.steps[step].version != number:
                 model = contract.step_model(known.pipeline, step)
                 detail = f"{model}/{number} is what {model}/{known.steps[step].version} holds: {known.name} serves it"
-                raise Refused(Verdict(passed=False, checks=[Check(name="new", passed=False, detail=detail)]))
+                raise Refused.at("new", detail)
 
     def _drop(self, pipeline: str, numbers: Mapping[str, int]) -> Candidate:
         newest = self._newest(pipeline)
@@ -134,7 +139,7 @@ class Examiner:
         for step in contract.STEPS:
             folder = self.repository.step_folder(pipeline, step, numbers.get(step, newest.steps[step].version))
             if problem := exam.files_problem(step, folder):
-                raise Refused(Verdict(passed=False, checks=[Check(name="files", passed=False, detail=problem)]))
+                raise Refused.at("files", problem)
             content = Step.read(folder)
             assert content is not None
             steps[step] = content

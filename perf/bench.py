@@ -35,7 +35,7 @@ from perf.contenders import limit
 from triton_runtime.installation import Missing
 from triton_runtime.server import Endpoint, TritonFailed, TritonServer
 from triton_runtime.signals import Stopped, unwind_on_signals
-from triton_runtime.stack import ROOT, SAMPLE, Child, Gateway, free_port
+from triton_runtime.stack import ROOT, SAMPLE, Child, Gateway, free_endpoint, free_port
 
 LIMIT, STACK, TRITON, TUNED, PLAIN = "limit", "stack", "triton", "app, tuned", "app, plain"
 TARGETS = (
@@ -148,7 +148,7 @@ class Options:
 @contextlib.contextmanager
 def services(repository: Path, steps: dict[str, Path]) -> Iterator[tuple[dict[str, Service], Endpoint]]:
     """Everything that listens, for the length of this block."""
-    endpoint = Endpoint(http=free_port(), grpc=free_port(), metrics=free_port())
+    endpoint = free_endpoint()
     files = [str(steps["preprocess"] / "preprocessing.py"), str(steps["classifier"] / "model.onnx")]
     with contextlib.ExitStack() as running:
         triton = running.enter_context(TritonServer(repository, endpoint))

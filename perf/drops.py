@@ -35,7 +35,7 @@ from export.repository import Repository
 from triton_runtime.installation import Missing
 from triton_runtime.server import Endpoint, TritonFailed, TritonServer
 from triton_runtime.signals import Stopped, unwind_on_signals
-from triton_runtime.stack import ROOT, SAMPLE, Child, Gateway, free_port
+from triton_runtime.stack import ROOT, SAMPLE, Child, Gateway, free_endpoint, free_port
 
 CHECKPOINT = ROOT / "export" / "checkpoints" / "defect"
 PARTS = {
@@ -112,7 +112,7 @@ def running(repository: Path, settle_s: float) -> Iterator[Stack]:
     """The whole stack on a copy of `repository`."""
     with tempfile.TemporaryDirectory(prefix="drops-") as folder:
         root = Path(shutil.copytree(repository, Path(folder, "model_repository")))
-        endpoint = Endpoint(http=free_port(), grpc=free_port(), metrics=free_port())
+        endpoint = free_endpoint()
         watch = ["export", "watch", "--repository", str(root), "--settle-s", str(settle_s)]
         with TritonServer(root, endpoint) as triton:
             triton.wait_until_ready()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -25,21 +24,12 @@ from tests import drops
 from tests.offline import Offline
 from tests.two_releases import publish_contrary
 from triton_runtime.server import Endpoint, TritonServer
+from triton_runtime.stack import free_endpoint as free_endpoint
+from triton_runtime.stack import free_port as free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.jpg"))
 PARCELS = Path(os.environ.get("PARCELS", ROOT.parent / "shared" / "data" / "parcels"))
-
-
-def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def free_endpoint() -> Endpoint:
-    return Endpoint(http=free_port(), grpc=free_port(), metrics=free_port())
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:

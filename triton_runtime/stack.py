@@ -34,6 +34,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def free_endpoint() -> Endpoint:
+    """Ports of the loopback interface for another Triton."""
+    return Endpoint(http=free_port(), grpc=free_port(), metrics=free_port())
+
+
 class Child:
     """`python -m <arguments>` as a child process. Leaving the context lets it finish what it has begun."""
 
