@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         proxy_headers=False,
         timeout_graceful_shutdown=int(settings.grace_s),
     )
-    fields = {"host": settings.host, "port": settings.port, "triton": settings.triton_url}
+    fields = {"host": settings.host, "port": settings.port, "triton": ",".join(settings.triton_urls)}
     logging.getLogger("gateway").info("starting", extra={"fields": fields})
     for number in (signal.SIGTERM, signal.SIGINT):
         # Uvicorn raises the signal once more when it has shut down; an orderly end is no failure.

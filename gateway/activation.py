@@ -10,9 +10,9 @@ import logging
 
 from contract import Manifest
 from gateway.errors import Failure
-from gateway.predict import verify
 from gateway.releases import Releases
 from gateway.triton import MalformedAnswer, TritonClient, TritonError
+from gateway.verification import verify
 
 _PATIENCE_S = 5.0
 """For one picture: as long as a busy server may need, so that load cannot keep a new release out."""
@@ -30,7 +30,7 @@ async def replay(triton: TritonClient, release: Manifest) -> str:
         return "it was published without golden pictures, so nothing shows that it runs as it should: publish it again"
     for golden in release.golden:
         try:
-            inference = await triton.infer(release.name, golden.image, f"{release.name}:golden", _PATIENCE_S)
+            (inference,) = await triton.infer(release.name, [golden.image], f"{release.name}:golden", _PATIENCE_S)
             verify(inference, release)
         except MalformedAnswer as error:
             return f"{golden.name}: not the tensors of a release: {error}"

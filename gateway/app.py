@@ -13,15 +13,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
-from gateway import schemas, views
+from gateway import budget, schemas, views
 from gateway.errors import PROBLEMS, Failure, Problem, openapi_responses
 from gateway.ingest import OPENAPI_PARAMETERS, OPENAPI_REQUEST_BODY, read_picture
 from gateway.metrics import Metrics
 from gateway.middleware import RequestContext, problem_response
-from gateway.predict import predict
+from gateway.predict import Asker, predict
 from gateway.service import Service
 from gateway.settings import Settings
-from gateway.triton import TritonError
 
 _DESCRIPTION = """Send a picture of a parcel, get back whether it is damaged, how sure the model is, and which
 release answered. Every error is a problem (RFC 9457) with a stable `code`."""
@@ -30,7 +29,7 @@ _BODY = ("missing_body", "invalid_json", "invalid_base64", "invalid_multipart", 
 _CONTENT = ("unsupported_media_type", "invalid_request", "invalid_metadata")
 _PICTURE = ("image_empty", "image_unsupported", "image_truncated", "image_corrupt", "image_too_large")
 _RELEASE = ("unknown_release", "retired_release", "release_unavailable")
-_SERVICE = ("triton_unavailable", "no_release", "deadline_exceeded", "inference_failed", "invalid_answer")
+_SERVICE = ("overloaded", "triton_unavailable", "no_release", "deadline_exceeded", "inference_failed", "invalid_answer")
 _PREDICT = (*_BODY, *_CONTENT, *_PICTURE, *_RELEASE, *_SERVICE, "provenance_mismatch", "internal_error")
 
 
@@ -74,16 +73,23 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Judge one picture",
         response_model=schemas.PredictResponse,
         responses=openapi_responses(*_PREDICT),
-        openapi_extra={"requestBody": OPENAPI_REQUEST_BODY, "parameters": OPENAPI_PARAMETERS},
+        openapi_extra={
+            "requestBody": OPENAPI_REQUEST_BODY,
+            "parameters": [*OPENAPI_PARAMETERS, budget.OPENAPI_PARAMETER],
+        },
         operation_id="predict",
     )
     async def predict_route(request: Request) -> Response:
         request_id, log = request.state.request_id, request.state.log
+        asker = Asker(request_id, client_of(request), budget.deadline(request, settings))
         with service.predicting():
-            picture = await read_picture(request, settings)
+            if "model_version" not in request.query_params:
+                service.require_room(asker)  # before the work of reading
+            picture = await read_picture(request, settings, asker.deadline)
             read = time.monotonic()
             candidates = service.router.choose(picture.pin, picture.metadata, request.headers)
-            answer = await predict(service.triton, candidates, picture.data, request_id, settings.deadline_s)
+            async with budget.ended_by_leaving(request):
+                answer = await predict(service.dispatcher, candidates, picture.data, asker)
             answered = time.monotonic()
         body = views.prediction(request_id, answer, picture.metadata, request.state.started, read, answered)
         metrics.predicted(body.model_version, body.route)
@@ -96,7 +102,8 @@ def create_app(settings: Settings) -> FastAPI:
             await service.mirrors.offer(answer, picture.data, request_id, service.in_flight)
 
         # Starlette runs it once the answer was sent.
-        return Response(body.model_dump_json(), media_type="application/json", background=BackgroundTask(compare))
+        headers = {"Server-Timing": views.server_timing(body.timing_ms)}
+        return Response(body.model_dump_json(), 200, headers, "application/json", BackgroundTask(compare))
 
     @app.get("/v1/releases", summary="Every release, and what it is used for", operation_id="releases")
     async def releases_route() -> schemas.Releases:
@@ -127,13 +134,8 @@ def create_app(settings: Settings) -> FastAPI:
     @app.get("/health", include_in_schema=False)
     async def ready() -> schemas.Health:
         release = service.router.stable()
-        try:
-            # Triton's own readiness stays false after any failed load: only the release counts.
-            is_ready = await service.triton.is_ready(release.name, settings.probe_timeout_s)
-        except TritonError as error:
-            raise Failure("triton_unavailable", str(error)) from error
-        if not is_ready:
-            raise Failure("no_release", f"{release.name} is not ready")
+        # Triton's own readiness stays false after any failed load: only the release counts.
+        await service.fleet.require_ready(release.name)
         return schemas.Health(model_version=release.name, triton=service.releases.triton_version)
 
     @app.get("/version", summary="Everything that has a version", operation_id="version")
@@ -161,6 +163,11 @@ def create_app(settings: Settings) -> FastAPI:
 
     _complete_openapi(app)
     return app
+
+
+def client_of(request: Request) -> str:
+    """Who asks, as far as it is known."""
+    return str(getattr(request.state, "client", "anonymous"))
 
 
 def _explain(code: str) -> schemas.ErrorKind:

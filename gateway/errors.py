@@ -15,12 +15,16 @@ MEDIA_TYPE = "application/problem+json"
 
 
 class Failure(Exception):
-    """A request that cannot be answered. `code` is a key of `PROBLEMS`; `detail` says what was wrong this time."""
+    """A request that cannot be answered. `code` is a key of `PROBLEMS`; `detail` says what was wrong this time.
 
-    def __init__(self, code: str, detail: str) -> None:
+    `retry_after` is in seconds, where it is known when to try again.
+    """
+
+    def __init__(self, code: str, detail: str, retry_after: float | None = None) -> None:
         super().__init__(f"{code}: {detail}")
         self.code = code
         self.detail = detail
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ PROBLEMS: dict[str, Kind] = {
     "retired_release": Kind(410, "The release was retired", "Pin one of those in the detail, or none."),
     "method_not_allowed": Kind(405, "The path does not take this method", "See /docs for the methods."),
     # The service could not answer.
+    "overloaded": Kind(503, "More is asked than can be answered in time", "Try again after Retry-After, or later."),
+    "client_gone": Kind(499, "The client left before its answer", "Nobody reads this: it is for the log."),
     "triton_unavailable": Kind(503, "The inference server cannot be reached", "Try again in a moment."),
     "no_release": Kind(503, "No release of the model is ready", "Try again in a moment."),
     "release_unavailable": Kind(

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import binascii
 import json
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from gateway import budget
 from gateway.errors import Failure
 from gateway.schemas import Metadata, PredictRequest
 from gateway.settings import Settings
@@ -51,7 +53,8 @@ OPENAPI_PARAMETERS = [
         "schema": {"type": "string"},
         "description": "The release to ask, in every form of the body. Without it the routing decides.",
         "example": "defect-v1",
-    }
+    },
+    budget.OPENAPI_PARAMETER,
 ]
 
 
@@ -64,8 +67,8 @@ class Picture:
     pin: str | None = None
 
 
-async def read_picture(request: Request, settings: Settings) -> Picture:
-    """Read one picture from a request.
+async def read_picture(request: Request, settings: Settings, deadline: float) -> Picture:
+    """Read one picture from a request, until `deadline` (monotonic seconds) at the latest.
 
     Raises:
         Failure: the body is missing, too large, too slow, of a type that is not taken, or malformed.
@@ -75,7 +78,7 @@ async def read_picture(request: Request, settings: Settings) -> Picture:
         raise Failure("missing_body", "neither a body nor a content type was sent")
     if media_type not in ("application/json", "multipart/form-data") and not media_type.startswith("image/"):
         raise Failure("unsupported_media_type", f"{media_type[:100] or 'no content type'} is not taken")
-    body = await _read_body(request, settings)
+    body = await _read_body(request, settings, deadline)
     if not body:
         raise Failure("missing_body", "the body is empty")
     if media_type == "application/json":
@@ -97,23 +100,24 @@ def _one_pin(in_query: list[str], in_body: str | None) -> str | None:
     return next(iter(pins), None)
 
 
-async def _read_body(request: Request, settings: Settings) -> bytes:
+async def _read_body(request: Request, settings: Settings, deadline: float) -> bytes:
     limit = settings.max_body_bytes
     too_large = Failure("body_too_large", f"the limit is {limit:,} bytes")
     declared = request.headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and int(declared) > limit:
         raise too_large
     body = bytearray()
+    seconds = min(settings.body_timeout_s, deadline - time.monotonic())
     try:
-        async with asyncio.timeout(settings.body_timeout_s):
+        async with asyncio.timeout(seconds):
             async for chunk in request.stream():
                 if len(body) + len(chunk) > limit:
                     raise too_large
                 body += chunk
     except TimeoutError:
-        raise Failure("body_timeout", f"{len(body):,} bytes came within {settings.body_timeout_s:g} s") from None
+        raise Failure("body_timeout", f"{len(body):,} bytes came within {seconds:.3g} s") from None
     except ClientDisconnect:
-        raise Failure("body_timeout", "the client left before its body was complete") from None
+        raise Failure("client_gone", "the connection was closed before the body was complete") from None
     return bytes(body)
 
 

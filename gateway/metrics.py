@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
@@ -37,6 +37,14 @@ class Metrics:
             ["release", "outcome"], registry=self._registry,
         )  # fmt: skip
 
+        self._retries = Counter(
+            "gateway_retries", "Pictures sent to Triton once more after a call failed.", registry=self._registry
+        )
+        self._group = Histogram(
+            "gateway_call_pictures", "Pictures that shared a call of Triton.",
+            registry=self._registry, buckets=(1, 2, 3, 4, 6, 8, 12, 16, 32),
+        )  # fmt: skip
+
     def request(self, path: str, status: str, code: str, seconds: float) -> None:
         """A request ended."""
         self._requests.labels(path, status, code).inc()
@@ -49,6 +57,14 @@ class Metrics:
     def compared(self, release: str, outcome: Outcome) -> None:
         """A request was compared, or was not."""
         self._comparisons.labels(release, outcome).inc()
+
+    def called(self, pictures: int) -> None:
+        """A call was sent to Triton."""
+        self._group.observe(pictures)
+
+    def retried(self) -> None:
+        """A picture has to be sent once more."""
+        self._retries.inc()
 
     def observe(self, gauges: Callable[[], Iterable[Metric]]) -> None:
         """Have the gauges of `gauges` in every page from now on."""
@@ -72,9 +88,9 @@ def gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(name, text, value=value)
 
 
-def gauge_by_release(name: str, text: str, values: dict[str, float]) -> Metric:
-    """A state of each release."""
-    family = GaugeMetricFamily(name, text, labels=["release"])
-    for release, value in values.items():
-        family.add_metric([release], value)
+def gauge_by(label: str, name: str, text: str, values: Mapping[str, float]) -> Metric:
+    """A state of each of several, by the label that tells them apart."""
+    family = GaugeMetricFamily(name, text, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
     return family

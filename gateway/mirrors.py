@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 
 from contract import Manifest
 from gateway.comparison import Comparison, Comparisons
+from gateway.dispatch import Dispatcher
 from gateway.errors import Failure
 from gateway.metrics import Metrics
-from gateway.predict import Answer, Candidate, predict
+from gateway.predict import Answer, Asker, Candidate, predict
 from gateway.router import Router
 from gateway.settings import Settings
-from gateway.triton import TritonClient
 
 logger = logging.getLogger("gateway.mirrors")
 
@@ -26,9 +27,9 @@ class Mirrors:
     """Copies of the traffic: the stable release's to the shadow, the canary's to the stable release."""
 
     def __init__(
-        self, triton: TritonClient, router: Router, comparisons: Comparisons, metrics: Metrics, settings: Settings
+        self, dispatcher: Dispatcher, router: Router, comparisons: Comparisons, metrics: Metrics, settings: Settings
     ) -> None:
-        self._triton = triton
+        self._dispatcher = dispatcher
         self._router = router
         self._comparisons = comparisons
         self._metrics = metrics
@@ -67,10 +68,9 @@ class Mirrors:
     async def _run(
         self, comparison: Comparison, answer: Answer, other: Manifest, picture: bytes, request_id: str
     ) -> None:
+        asker = Asker(request_id, "mirror", time.monotonic() + self._settings.deadline_s)
         try:
-            copy = await predict(
-                self._triton, [Candidate(other, "pinned")], picture, request_id, self._settings.deadline_s
-            )
+            copy = await predict(self._dispatcher, [Candidate(other, "pinned")], picture, asker)
         except Failure as failure:
             comparison.errors[failure.code] += 1
             self._metrics.compared(comparison.release, "failed")

@@ -1,6 +1,6 @@
-"""Which releases there are, learnt from Triton over gRPC alone, and which of them may answer.
+"""Which releases a Triton has, learnt over gRPC alone, and which of them may answer.
 
-A background task follows Triton; activation reports here what it found. While Triton is away the last known releases
+It is looked at again and again; activation reports here what it found. While Triton is away the last known releases
 are kept, so that the first request after its return is answered, not refused.
 """
 
@@ -26,7 +26,7 @@ class Known:
     """A release of the pipeline as Triton holds it; another object each time that it is loaded.
 
     `reason` says why it may not answer; empty, it may. `is_tried` is false until its golden pictures were answered
-    since it was loaded. The manifest is None where it could not be read.
+    since it was loaded. The manifest is None where it could not be read. A call may have up to `max_batch` pictures.
     """
 
     name: str
@@ -35,10 +35,11 @@ class Known:
     reason: str
     is_loaded: bool = True
     is_tried: bool = True
+    max_batch: int = 1
 
 
 class Releases:
-    """The releases of one pipeline, kept current by `follow`."""
+    """The releases of one pipeline on one Triton, kept current by calling `refresh`."""
 
     def __init__(self, triton: TritonClient, pipeline: str, probe_timeout: float) -> None:
         self._triton = triton
@@ -74,12 +75,6 @@ class Releases:
         """A release could not be tried now. One that answered before Triton went away goes on answering."""
         if release.reason:
             release.reason = f"{_CHECKING}: {reason}"
-
-    async def follow(self, seconds: float) -> None:
-        """Refresh for ever, every so many seconds."""
-        while True:
-            await asyncio.sleep(seconds)
-            await self.refresh()
 
     async def refresh(self) -> None:
         """Ask Triton once. Never raises: what cannot be learnt now is asked again later."""
@@ -122,14 +117,16 @@ class Releases:
             # Without a reason it is being loaded or unloaded. What answered goes on: the old one serves until the new
             # one does, and should it be gone, the request goes to another release.
             reason = before.reason if before and manifest and not state.reason else state.reason or _MOVING
-            return Known(state.name, number, manifest, reason, is_loaded=False)
+            max_batch = before.max_batch if before else 1
+            return Known(state.name, number, manifest, reason, is_loaded=False, max_batch=max_batch)
         stays = before is not None and before.is_loaded and not is_back
         is_refused = before is not None and before.is_tried and before.reason
         if before and stays and not is_refused:
             return before
         # A refused release is read again each time: it may have been replaced between two looks at the index.
         try:
-            manifest = Manifest.from_parameters(state.name, await self._triton.parameters(state.name, self._timeout))
+            parameters, max_batch = await self._triton.config(state.name, self._timeout)
+            manifest = Manifest.from_parameters(state.name, parameters)
         except ValueError as error:
             return Known(state.name, number, None, str(error))
         except TritonError as error:
@@ -140,8 +137,8 @@ class Releases:
             if stays:
                 return before
             if not before.reason:  # it answered before it was loaded again: goes on while it is tried again
-                return Known(state.name, number, manifest, "", is_tried=False)
-        return Known(state.name, number, manifest, _CHECKING, is_tried=False)
+                return Known(state.name, number, manifest, "", is_tried=False, max_batch=max_batch)
+        return Known(state.name, number, manifest, _CHECKING, is_tried=False, max_batch=max_batch)
 
 
 def _log(release: Known) -> None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from contract import Manifest, parse_release_name
 from contract.routing import LATEST
+from gateway.catalogue import Catalogue
 from gateway.errors import Failure
 from gateway.predict import Candidate
-from gateway.releases import Releases
 from gateway.routing import RoutingFile
 from gateway.schemas import Metadata, Role
 
@@ -34,7 +34,7 @@ class InForce:
 class Router:
     """Combines the file's routing with the releases that may answer."""
 
-    def __init__(self, file: RoutingFile, releases: Releases) -> None:
+    def __init__(self, file: RoutingFile, releases: Catalogue) -> None:
         self.file = file
         self._releases = releases
 

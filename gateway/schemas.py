@@ -42,7 +42,8 @@ class Timing(BaseModel):
     """Where the time went, in milliseconds."""
 
     read: float = Field(description="Receiving and parsing the request.")
-    queue: float = Field(description="Between the gateway and the first step: transport and waiting.")
+    admit: float = Field(description="Waiting in the gateway for a call of Triton.")
+    queue: float = Field(description="Between the gateway and the first step: transport and waiting in Triton.")
     preprocess: float = Field(description="Decoding and resizing the picture.")
     infer: float = Field(description="The model, with waiting for its batch.")
     postprocess: float = Field(description="Deciding and ranking.")

@@ -8,15 +8,16 @@ from collections.abc import AsyncIterator, Iterator
 
 from prometheus_client.core import Metric
 
-from gateway import activation
+from gateway.catalogue import Catalogue
 from gateway.comparison import Comparisons
-from gateway.metrics import Metrics, gauge, gauge_by_release
+from gateway.dispatch import Dispatcher
+from gateway.fleet import Fleet
+from gateway.metrics import Metrics, gauge, gauge_by
 from gateway.mirrors import Mirrors
-from gateway.releases import Releases
+from gateway.predict import Asker
 from gateway.router import Router
 from gateway.routing import RoutingFile
 from gateway.settings import Settings
-from gateway.triton import TritonClient
 
 
 class Service:
@@ -24,12 +25,13 @@ class Service:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
-        self.triton = TritonClient(settings.triton_url)
-        self.releases = Releases(self.triton, settings.pipeline, settings.probe_timeout_s)
+        self.fleet = Fleet(settings)
+        self.releases = Catalogue(self.fleet, settings.pipeline)
+        self.dispatcher = Dispatcher(self.fleet, settings, metrics)
         self.routing = RoutingFile(settings.routing, settings.pipeline)
         self.router = Router(self.routing, self.releases)
         self.comparisons = Comparisons()
-        self.mirrors = Mirrors(self.triton, self.router, self.comparisons, metrics, settings)
+        self.mirrors = Mirrors(self.dispatcher, self.router, self.comparisons, metrics, settings)
         self.in_flight = 0
         """Predictions that were begun and not yet answered."""
         metrics.observe(self._gauges)
@@ -37,20 +39,22 @@ class Service:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Follow Triton and the routing file for the length of this block."""
-        await self.releases.refresh()
-        followers = [
-            asyncio.create_task(task)
-            for task in (
-                self.releases.follow(self.settings.refresh_s),
-                activation.follow(self.triton, self.releases),
-                self.routing.follow(),
-            )
-        ]
+        await self.fleet.start()
+        follower = asyncio.create_task(self.routing.follow())
         yield
-        for follower in followers:
-            follower.cancel()
+        follower.cancel()
         await self.mirrors.close()
-        await self.triton.close()
+        await self.dispatcher.close()
+        await self.fleet.close()
+
+    def require_room(self, asker: Asker) -> None:
+        """Refuse a request before it is read, where the stable release could not answer it in time.
+
+        Raises:
+            Failure: overloaded.
+        """
+        if stable := self.router.in_force().stable:
+            self.dispatcher.require_room(stable.name, asker.client, asker.deadline)
 
     @contextlib.contextmanager
     def predicting(self) -> Iterator[None]:
@@ -65,7 +69,13 @@ class Service:
         active = {known.name: float(not known.reason) for known in self.releases.known}
         shares = {name: self.router.share(name) for name in active}
         yield gauge("gateway_in_flight", "Predictions being worked on.", self.in_flight)
+        yield gauge("gateway_waiting", "Pictures that wait for a call of Triton.", self.dispatcher.waiting)
+        up = {replica.url: float(replica.is_available) for replica in self.fleet.replicas}
+        yield gauge_by("replica", "gateway_replica_up", "1 where the Triton gets calls.", up)
+        calls, limits = self.dispatcher.calls(), self.dispatcher.limits()
+        yield gauge_by("release", "gateway_calls", "Calls on their way to Triton.", calls)
+        yield gauge_by("release", "gateway_calls_limit", "Calls at once that are allowed, as found.", limits)
         yield gauge("gateway_triton_reachable", "1 while Triton answers.", self.releases.triton_version is not None)
         yield gauge("gateway_routing_valid", "0 while the routing file is refused.", not self.routing.error)
-        yield gauge_by_release("gateway_release_active", "1 where the release may answer.", active)
-        yield gauge_by_release("gateway_release_share", "Percentage of the requests without a pin.", shares)
+        yield gauge_by("release", "gateway_release_active", "1 where the release may answer.", active)
+        yield gauge_by("release", "gateway_release_share", "Percentage of the requests without a pin.", shares)

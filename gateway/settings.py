@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 import contract
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
+Addresses = Annotated[
+    tuple[Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$")], ...],
+    NoDecode,
+    BeforeValidator(lambda value: [part.strip() for part in value.split(",")] if isinstance(value, str) else value),
+    Field(min_length=1),
+]
 
 
 class Settings(BaseSettings):
@@ -23,12 +29,14 @@ class Settings(BaseSettings):
     """Address to listen on."""
     port: Port = 8080
     """Port to listen on."""
-    triton_url: str = "127.0.0.1:8001"
-    """Triton's gRPC endpoint, host:port."""
+    triton_urls: Addresses = ("127.0.0.1:8001",)
+    """Triton's gRPC endpoints, host:port, separated by commas. A name with several addresses is as many servers."""
     pipeline: str = Field(default="defect", pattern=rf"^{contract.PIPELINE_NAME.pattern}$")
     """The pipeline that /v1/predict answers with."""
     deadline_s: Seconds = 5.0
-    """Time for one prediction, from the end of its body to its answer."""
+    """Time for a request, from its head to its answer, where it names none (X-Timeout-Ms)."""
+    max_deadline_s: Seconds = 30.0
+    """The most that a request may ask for."""
     body_timeout_s: Seconds = 10.0
     """Time to receive a request's body."""
     max_body_bytes: int = Field(default=20 * 2**20, ge=1024, le=2**30)
@@ -37,6 +45,16 @@ class Settings(BaseSettings):
     """Largest `metadata`, written as compact JSON."""
     routing: Path = Path("routing/routing.toml")
     """File that says which release answers; followed. None there: the newest."""
+    group: int = Field(default=8, ge=1, le=256)
+    """Most pictures of waiting requests in one call of Triton; 1: never together."""
+    group_bytes: int = Field(default=2 * 2**20, ge=1)
+    """Largest sum of their files; a larger picture goes alone."""
+    max_waiting: int = Field(default=256, ge=1)
+    """Most pictures that wait for Triton; clients share the room."""
+    max_waiting_bytes: int = Field(default=256 * 2**20, ge=1)
+    """Largest sum of their files."""
+    patience_s: float = Field(default=2.0, ge=0, le=60)
+    """Without any Triton, requests wait so long for its return; after that they are refused at once."""
     mirrors: int = Field(default=2, ge=0, le=64)
     """Most requests that run once more at the same time, for comparison. 0: none."""
     mirror_max_load: int = Field(default=8, ge=0)

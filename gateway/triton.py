@@ -37,6 +37,22 @@ class TritonError(Exception):
         self.status = status
         self.detail = detail
 
+    @property
+    def is_of_the_server(self) -> bool:
+        """Whether the server failed, not the request: it is going, gone, or one of its processes died.
+
+        NOT_FOUND is what Triton says of every model while it shuts down.
+        """
+        if self.status is grpc.StatusCode.UNAVAILABLE:
+            return not self.is_queue_full
+        died = self.status is grpc.StatusCode.INTERNAL and "Stub process" in self.detail
+        return died or self.status is grpc.StatusCode.NOT_FOUND
+
+    @property
+    def is_queue_full(self) -> bool:
+        """Whether Triton's own queue refused it."""
+        return "maximum queue size" in self.detail
+
 
 class MalformedAnswer(Exception):
     """Triton answered, but not with the tensors of a release."""
@@ -78,16 +94,17 @@ class TritonClient:
         """Close the channel; calls in flight are cancelled."""
         await self._channel.close()
 
-    async def infer(self, release: str, picture: bytes, request_id: str, timeout: float) -> Inference:
-        """Run one picture through a release.
+    async def infer(self, release: str, pictures: Sequence[bytes], request_id: str, timeout: float) -> list[Inference]:
+        """Run pictures through a release as one call: an inference for each, in their order.
 
         Raises:
-            MalformedAnswer: the outputs are not those of a release.
+            MalformedAnswer: the outputs are not those of a release, or not for as many pictures.
         """
         request = pb.ModelInferRequest(model_name=release, id=request_id)
-        request.inputs.add(name=contract.IMAGE, datatype="BYTES", shape=[1, 1])
-        request.raw_input_contents.append(struct.pack("<I", len(picture)) + picture)
-        return decode(await self._call(self._stub.ModelInfer, request, timeout))
+        request.inputs.add(name=contract.IMAGE, datatype="BYTES", shape=[len(pictures), 1])
+        elements = [part for picture in pictures for part in (struct.pack("<I", len(picture)), picture)]
+        request.raw_input_contents.append(b"".join(elements))
+        return decode(await self._call(self._stub.ModelInfer, request, timeout), len(pictures))
 
     async def version(self, timeout: float) -> str:
         """Triton's own version."""
@@ -106,10 +123,11 @@ class TritonClient:
             for model in response.models
         ]
 
-    async def parameters(self, model: str, timeout: float) -> dict[str, str]:
-        """The `parameters` of a model's configuration."""
+    async def config(self, model: str, timeout: float) -> tuple[dict[str, str], int]:
+        """The `parameters` of a model's configuration, and the most items that a call may have."""
         response = await self._call(self._stub.ModelConfig, pb.ModelConfigRequest(name=model), timeout)
-        return {key: value.string_value for key, value in response.config.parameters.items()}
+        parameters = {key: value.string_value for key, value in response.config.parameters.items()}
+        return parameters, max(1, response.config.max_batch_size)
 
     async def _call(self, method: Any, request: Any, timeout: float) -> Any:
         try:
@@ -118,8 +136,8 @@ class TritonClient:
             raise TritonError(error.code(), error.details() or "no details") from None
 
 
-def decode(response: pb.ModelInferResponse) -> Inference:
-    """The outputs of a release for one picture, from the wire.
+def decode(response: pb.ModelInferResponse, count: int) -> list[Inference]:
+    """The outputs of a release for `count` pictures, from the wire.
 
     Raises:
         MalformedAnswer: an output is missing, or has another type or length than a release's.
@@ -127,26 +145,28 @@ def decode(response: pb.ModelInferResponse) -> Inference:
     try:
         raw = dict(zip((output.name for output in response.outputs), response.raw_output_contents, strict=True))
         types = {output.name: output.datatype for output in response.outputs}
-        times = _numbers(raw, types, contract.TIMES)
-        (label,), (digest,), (error,) = (
-            _texts(raw[name]) for name in (contract.LABEL, contract.DIGEST, contract.ERROR)
+        times = zip(*[iter(_numbers(raw, types, contract.TIMES))] * 4, strict=True)
+        labels, digests, errors, ranked = (
+            _texts(raw[name]) for name in (contract.LABEL, contract.DIGEST, contract.ERROR, contract.LABELS)
         )
-        (confidence,) = _numbers(raw, types, contract.CONFIDENCE)
-        scores = zip(_texts(raw[contract.LABELS]), _numbers(raw, types, contract.SCORES), strict=True)
-        started, prepared, decided, ended = (int(time) for time in times)
-        return Inference(
-            label=label,
-            confidence=float(confidence),
-            scores=tuple((name, float(score)) for name, score in scores),
-            digest=digest,
-            error=error,
-            times_ns=(started, prepared, decided, ended),
-        )
+        scores = list(zip(ranked, _numbers(raw, types, contract.SCORES), strict=True))
+        width = len(scores) // count
+        rows = [tuple(scores[i : i + width]) for i in range(0, width * count, width or 1)]
+        confidences = _numbers(raw, types, contract.CONFIDENCE)
+        inferences = [
+            Inference(label, confidence, row, digest, error, (int(a), int(b), int(c), int(d)))
+            for label, confidence, row, digest, error, (a, b, c, d) in zip(
+                labels, confidences, rows, digests, errors, times, strict=True
+            )
+        ]
+        if len(inferences) != count or width * count != len(scores):
+            raise ValueError(f"{len(inferences)} answers for {count} pictures")
+        return inferences
     except (KeyError, ValueError, struct.error) as error:
         raise MalformedAnswer(f"{type(error).__name__}: {error}") from None
 
 
-def _numbers(raw: dict[str, bytes], types: dict[str, str], name: str) -> Sequence[float]:
+def _numbers(raw: dict[str, bytes], types: dict[str, str], name: str) -> list[float]:
     return list(np.frombuffer(raw[name], _NUMBERS[types[name]]).tolist())
 
 

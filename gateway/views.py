@@ -29,13 +29,19 @@ def prediction(
         metadata=metadata,
         timing_ms=schemas.Timing(
             read=round((read - started) * 1e3, 3),
-            queue=round(max(0.0, (answered - read) * 1e3 - in_steps), 3),
+            admit=round((answer.sent - read) * 1e3, 3),
+            queue=round(max(0.0, (answered - answer.sent) * 1e3 - in_steps), 3),
             preprocess=round((prepared - began) / 1e6, 3),
             infer=round((decided - prepared) / 1e6, 3),
             postprocess=round((ended - decided) / 1e6, 3),
             total=round((answered - started) * 1e3, 3),
         ),
     )
+
+
+def server_timing(timing: schemas.Timing) -> str:
+    """The same, as the header Server-Timing."""
+    return ", ".join(f"{name};dur={value}" for name, value in timing)
 
 
 def version(service: Service) -> schemas.Version:

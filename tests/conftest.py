@@ -55,7 +55,7 @@ class GatewayProcess:
         environment = {
             **os.environ,
             "GATEWAY_PORT": str(self.port),
-            "GATEWAY_TRITON_URL": f"127.0.0.1:{triton.grpc}",
+            "GATEWAY_TRITON_URLS": f"127.0.0.1:{triton.grpc}",
             **{f"GATEWAY_{name.upper()}": str(value) for name, value in settings.items()},
         }
         with log.open("wb") as output:

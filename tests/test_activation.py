@@ -114,11 +114,11 @@ class Faltering:
         self.failures = failures
         self.answer = answer
 
-    async def infer(self, *_: object) -> Inference:
+    async def infer(self, *_: object) -> list[Inference]:
         self.failures -= 1
         if self.failures >= 0:
             raise TritonError(grpc.StatusCode.UNAVAILABLE, "connection reset")
-        return self.answer
+        return [self.answer]
 
 
 def test_trouble_on_the_way_is_no_verdict() -> None:
@@ -156,8 +156,8 @@ class Moving:
     async def index(self, _: float) -> list[ModelState]:
         return self.states
 
-    async def parameters(self, *_: object) -> dict[str, str]:
-        return MANIFEST.to_parameters()
+    async def config(self, *_: object) -> tuple[dict[str, str], int]:
+        return MANIFEST.to_parameters(), 8
 
 
 def test_what_answers_goes_on_while_triton_loads_it_again_and_what_is_new_waits() -> None:

@@ -71,7 +71,7 @@ def test_ports_agree_with_the_code() -> None:
     assert SERVICES["triton"]["expose"] == [str(port) for port in (triton.http, triton.grpc, triton.metrics)]
     assert "ports" not in SERVICES["triton"], "Triton's ports stay inside"
     environment = SERVICES["gateway"]["environment"]
-    assert environment["GATEWAY_TRITON_URL"] == f"triton:{triton.grpc}"
+    assert environment["GATEWAY_TRITON_URLS"] == f"triton:{triton.grpc}"
     assert environment["GATEWAY_PORT"] == str(Settings.model_fields["port"].default)
     (published,) = SERVICES["gateway"]["ports"]
     assert published.startswith("${GATEWAY_ADDRESS:-127.0.0.1}:")

@@ -143,9 +143,9 @@ def test_tensors_that_are_no_answer_are_refused(raw: bytes) -> None:
         response.outputs.add(name=name, datatype="BYTES")
         response.raw_output_contents.append(raw)
     with pytest.raises(MalformedAnswer):
-        decode(response)
+        decode(response, 1)
     with pytest.raises(MalformedAnswer):
-        decode(pb.ModelInferResponse())
+        decode(pb.ModelInferResponse(), 1)
 
 
 def test_grpc_is_the_one_that_triton_speaks() -> None:

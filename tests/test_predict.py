@@ -59,7 +59,7 @@ def test_every_form_gives_the_whole_answer(
     assert confidences == sorted(confidences, reverse=True)
     assert answer["metadata"] == ({} if form == "bytes" else metadata)
     timing = answer["timing_ms"]
-    assert list(timing) == ["read", "queue", "preprocess", "infer", "postprocess", "total"]
+    assert list(timing) == ["read", "admit", "queue", "preprocess", "infer", "postprocess", "total"]
     assert all(value >= 0 for value in timing.values())
     parts = sum(value for name, value in timing.items() if name != "total")
     assert parts == pytest.approx(timing["total"], rel=0.05, abs=1)

@@ -68,7 +68,7 @@ class Gateway(Child):
 
     def __init__(self, triton: Endpoint, address: str, port: int, log_level: str = "info") -> None:
         environment = {
-            "GATEWAY_TRITON_URL": triton.grpc_url,
+            "GATEWAY_TRITON_URLS": triton.grpc_url,
             "GATEWAY_HOST": address,
             "GATEWAY_PORT": str(port),
             "GATEWAY_LOG_LEVEL": os.environ.get("GATEWAY_LOG_LEVEL", log_level),

@@ -1,0 +1,253 @@
+"""From requests to calls: who waits, who goes together, to which Triton, and what happens when a call fails.
+
+Each release has a lane of its own, so that one that hangs holds up nobody but those who asked for it. In a lane each
+replica gets as many calls at once as its knee allows. While there is room a request goes at once; the others wait
+here, where an abandoned one costs nothing, and those that wait together share a call: what Triton and gRPC cost is
+paid by call, not by picture. A request is refused on arrival where it would be answered too late.
+
+Inference has no effects, so a call that failed because of a server is made again, within the deadline and a budget.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import grpc
+
+from gateway.errors import Failure
+from gateway.fleet import Fleet, Replica
+from gateway.knee import Knee
+from gateway.line import Line, Ran, Waiting
+from gateway.metrics import Metrics
+from gateway.settings import Settings
+from gateway.triton import MalformedAnswer, TritonError
+
+_ATTEMPTS = 4
+_RETRIES_SAVED = 100.0
+_RETRIES_EARNED = 0.1
+"""Retries are a tenth of the answers at most, so that a failing server is not buried under them; some are saved up."""
+_RECENT = 0.2
+"""Weight of the newest call in what calls are expected to take."""
+
+
+@dataclass(eq=False)
+class Call:
+    """Pictures on their way through one replica. `had_to_wait`: there was no room when the first of them came."""
+
+    replica: Replica
+    group: list[Waiting]
+    had_to_wait: bool
+    sent: float = field(default_factory=time.monotonic)
+    task: asyncio.Task[None] | None = None
+    is_lost: bool = False
+    """Given up because of its replica: its pictures go to another one."""
+
+
+class Lane:
+    """The requests for one release."""
+
+    def __init__(self, release: str) -> None:
+        self.release = release
+        self.line = Line()
+        self.calls: set[Call] = set()
+        self.knees: defaultdict[Replica, Knee] = defaultdict(Knee)
+        self._call_s = 0.0
+        self._picture_s = 0.0
+        """Of a call, how long for each of its pictures."""
+
+    def room(self, replica: Replica) -> int:
+        """How many more calls a replica may get."""
+        return self.knees[replica].limit - sum(call.replica is replica for call in self.calls)
+
+    def expected(self, client: str, replicas: list[Replica]) -> float:
+        """Seconds until an answer for one more request of a client."""
+        ahead = min(len(self.line), self.line.of(client) * max(1, self.line.clients)) + 1
+        slots = sum(self.knees[replica].limit for replica in replicas) or 1
+        return ahead * self._picture_s / slots + self._call_s
+
+    def learn(self, call: Call) -> None:
+        """A call ended, by its answer or by its deadline."""
+        seconds = time.monotonic() - call.sent
+        weight = _RECENT if self._call_s else 1.0
+        self._call_s += weight * (seconds - self._call_s)
+        self._picture_s += weight * (seconds / len(call.group) - self._picture_s)
+        if call.had_to_wait:
+            self.knees[call.replica].observe(seconds, len(call.group))
+
+
+class Dispatcher:
+    """All lanes, and what bounds them together. Made inside a running event loop."""
+
+    def __init__(self, fleet: Fleet, settings: Settings, metrics: Metrics) -> None:
+        self._fleet = fleet
+        self._settings = settings
+        self._metrics = metrics
+        self._lanes: dict[str, Lane] = {}
+        self._retries = _RETRIES_SAVED
+        fleet.on_change(self._changed)
+
+    @property
+    def waiting(self) -> int:
+        """Pictures that wait for a call."""
+        return sum(len(lane.line) for lane in self._lanes.values())
+
+    def calls(self) -> dict[str, int]:
+        """Calls on their way, by release."""
+        return {name: len(lane.calls) for name, lane in self._lanes.items()}
+
+    def limits(self) -> dict[str, int]:
+        """Calls at once that are allowed, by release, over all replicas."""
+        there = self._fleet.available()
+        return {name: sum(lane.knees[each].limit for each in there) for name, lane in self._lanes.items()}
+
+    def require_room(self, release: str, client: str, deadline: float) -> None:
+        """Refuse a request that would wait too long, or with too many others.
+
+        Raises:
+            Failure: overloaded.
+        """
+        lane = self._lanes.get(release)
+        if lane is None or not lane.line:
+            return
+        expected = lane.expected(client, self._fleet.available())
+        clients = lane.line.clients + (not lane.line.of(client))
+        size = sum(other.line.bytes for other in self._lanes.values())
+        if self.waiting >= self._settings.max_waiting or size >= self._settings.max_waiting_bytes:
+            raise Failure("overloaded", f"{self.waiting} requests wait already", retry_after=expected)
+        if lane.line.of(client) * clients >= self._settings.max_waiting:
+            raise Failure("overloaded", f"{lane.line.of(client)} of your requests wait already", retry_after=expected)
+        left = max(0.0, deadline - time.monotonic())
+        if expected > left:
+            detail = f"an answer would take {expected:.2g} s, {left:.2g} s are left"
+            raise Failure("overloaded", detail, retry_after=expected - left)
+
+    async def infer(self, release: str, picture: bytes, request_id: str, client: str, deadline: float) -> Ran:
+        """Run one picture through a release, together with others where they wait together.
+
+        Cancelled, or at the deadline, it is given up: it leaves the line, or its call, which is cancelled with the
+        last of its pictures.
+
+        Raises:
+            TritonError: no replica could do it.
+            MalformedAnswer: the outputs are not those of a release.
+            Failure: overloaded, deadline_exceeded.
+        """
+        self._fleet.having(release)  # refuses at once what would only wait for a server that is gone
+        self.require_room(release, client, deadline)
+        lane = self._lanes.setdefault(release, Lane(release))
+        waiting = Waiting(picture, request_id, client, deadline)
+        lane.line.add(waiting)
+        self._pump(lane)
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await waiting.answer
+        except TimeoutError:
+            raise Failure("deadline_exceeded", "the time for this request is over") from None
+        finally:
+            if waiting.call is None:
+                lane.line.remove(waiting)
+            elif waiting.call.task and all(each.answer.done() for each in waiting.call.group):
+                waiting.call.task.cancel()
+
+    async def close(self) -> None:
+        """Give up all calls."""
+        tasks = [call.task for lane in self._lanes.values() for call in lane.calls if call.task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _pump(self, lane: Lane) -> None:
+        """Send what can be sent."""
+        while lane.line:
+            try:
+                having = self._fleet.having(lane.release)
+            except TritonError as error:
+                for waiting in lane.line.everyone():
+                    lane.line.remove(waiting)
+                    _fail(waiting, error)
+                return
+            replica = max(having, key=lane.room, default=None)
+            if replica is None or lane.room(replica) <= 0:
+                return
+            most = min(self._settings.group, replica.max_batch(lane.release))
+            group = lane.line.take(most, self._settings.group_bytes)
+            call = Call(replica, group, had_to_wait=len(group) > 1 or bool(lane.line))
+            for waiting in group:
+                waiting.call = call
+            lane.calls.add(call)
+            replica.calls += 1
+            self._metrics.called(len(group))
+            call.task = asyncio.create_task(self._run(lane, call))
+
+    async def _run(self, lane: Lane, call: Call) -> None:
+        group = call.group
+        timeout = max(waiting.deadline for waiting in group) - call.sent
+        ids = ",".join(waiting.request_id for waiting in group)
+        try:
+            inferences = await call.replica.triton.infer(
+                lane.release, [waiting.picture for waiting in group], ids, timeout
+            )
+            for waiting, inference in zip(group, inferences, strict=True):
+                if not waiting.answer.done():
+                    waiting.answer.set_result(Ran(inference, call.sent))
+            self._retries = min(_RETRIES_SAVED, self._retries + _RETRIES_EARNED * len(group))
+            lane.learn(call)
+        except TritonError as error:
+            self._failed(lane, call, error)
+        except asyncio.CancelledError:
+            if call.is_lost:
+                self._again(lane, call, TritonError(grpc.StatusCode.UNAVAILABLE, "its server was given up"))
+        except MalformedAnswer as error:
+            for waiting in group:
+                _fail(waiting, error)
+        finally:
+            lane.calls.discard(call)
+            call.replica.calls -= 1
+            self._pump(lane)
+
+    def _failed(self, lane: Lane, call: Call, error: TritonError) -> None:
+        if error.status is grpc.StatusCode.DEADLINE_EXCEEDED:
+            lane.learn(call)
+            for waiting in call.group:
+                _fail(waiting, Failure("deadline_exceeded", "the time for this request is over"))
+        elif error.is_of_the_server:
+            call.replica.suspect(lane.release, str(error))
+            self._again(lane, call, error, alone=error.status is grpc.StatusCode.INTERNAL)
+        elif len(call.group) > 1:  # one of them may be the cause
+            self._again(lane, call, error, alone=True)
+        else:
+            _fail(call.group[0], error)
+
+    def _again(self, lane: Lane, call: Call, error: TritonError, alone: bool = False) -> None:
+        for waiting in call.group:
+            if waiting.answer.done():
+                continue
+            waiting.attempts += 1
+            waiting.is_alone |= alone
+            if waiting.attempts >= _ATTEMPTS or self._retries < 1:
+                _fail(waiting, error)
+                continue
+            self._retries -= 1
+            self._metrics.retried()
+            waiting.call = None
+            lane.line.put_back(waiting)
+
+    def _changed(self) -> None:
+        """A replica was lost or came back."""
+        there = self._fleet.available()
+        for lane in self._lanes.values():
+            for call in lane.calls:
+                if there and not call.replica.is_available and call.task:
+                    call.is_lost = True
+                    call.task.cancel()
+            for replica in [replica for replica in lane.knees if replica not in there]:
+                del lane.knees[replica]  # it starts slowly, should it come back
+            self._pump(lane)
+
+
+def _fail(waiting: Waiting, error: Exception) -> None:
+    if not waiting.answer.done():
+        waiting.answer.set_exception(error)

@@ -1,0 +1,119 @@
+"""Requests that wait for Triton: in a fair order between clients, and taken in groups."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gateway.triton import Inference
+
+if TYPE_CHECKING:
+    from gateway.dispatch import Call
+
+
+@dataclass(frozen=True)
+class Ran:
+    """An inference, and when its call was sent (monotonic seconds)."""
+
+    inference: Inference
+    sent: float
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A picture. `deadline` is in monotonic seconds; `answer` is cancelled where nobody waits for it any more."""
+
+    picture: bytes
+    request_id: str
+    client: str
+    deadline: float
+    answer: asyncio.Future[Ran] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    attempts: int = 0
+    is_alone: bool = False
+    """Not to be grouped: a call with this one in it failed."""
+    call: Call | None = None
+
+
+class Line:
+    """First come, first served for each client; clients take turns. What is put back comes before all others."""
+
+    def __init__(self) -> None:
+        self._again: deque[Waiting] = deque()
+        self._by_client: OrderedDict[str, deque[Waiting]] = OrderedDict()
+        self.bytes = 0
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def of(self, client: str) -> int:
+        """How many of a client's requests wait."""
+        return len(self._by_client.get(client, ()))
+
+    @property
+    def clients(self) -> int:
+        """How many clients wait."""
+        return len(self._by_client)
+
+    def add(self, waiting: Waiting) -> None:
+        """Let one wait."""
+        self._by_client.setdefault(waiting.client, deque()).append(waiting)
+        self._count += 1
+        self.bytes += len(waiting.picture)
+
+    def put_back(self, waiting: Waiting) -> None:
+        """Let one wait that was taken already: it is the next."""
+        self._again.append(waiting)
+        self._count += 1
+        self.bytes += len(waiting.picture)
+
+    def remove(self, waiting: Waiting) -> None:
+        """Forget one, wherever it waits."""
+        own = self._by_client.get(waiting.client)
+        for queue in (self._again, own):
+            if queue and waiting in queue:
+                queue.remove(waiting)
+                self._left(waiting)
+        if own is not None and not own:
+            del self._by_client[waiting.client]
+
+    def everyone(self) -> list[Waiting]:
+        """All that wait."""
+        return [*self._again, *(waiting for queue in self._by_client.values() for waiting in queue)]
+
+    def take(self, most: int, most_bytes: int) -> list[Waiting]:
+        """The next, and with it what can share its call: not more than so many, and not larger together."""
+        group: list[Waiting] = []
+        size = 0
+
+        def fits(waiting: Waiting) -> bool:
+            if not group:
+                return True
+            is_small = size + len(waiting.picture) <= most_bytes
+            return is_small and not waiting.is_alone and not group[0].is_alone
+
+        while len(group) < most and self._again and fits(self._again[0]):
+            group.append(self._again.popleft())
+            size += len(group[-1].picture)
+        passed_over = 0
+        while len(group) < most and self._by_client and passed_over < len(self._by_client):
+            client, queue = next(iter(self._by_client.items()))
+            if not fits(queue[0]):
+                passed_over += 1
+            else:
+                passed_over = 0
+                group.append(queue.popleft())
+                size += len(group[-1].picture)
+            if queue:
+                self._by_client.move_to_end(client)
+            else:
+                del self._by_client[client]
+        for waiting in group:
+            self._left(waiting)
+        return group
+
+    def _left(self, waiting: Waiting) -> None:
+        self._count -= 1
+        self.bytes -= len(waiting.picture)
