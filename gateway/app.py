@@ -28,10 +28,22 @@ release answered. Every error is a problem (RFC 9457) with a stable `code`."""
 
 _BODY = ("missing_body", "invalid_json", "invalid_base64", "invalid_multipart", "body_timeout", "body_too_large")
 _CONTENT = ("unsupported_media_type", "invalid_request", "invalid_metadata")
+_LOCATION = ("url_invalid", "url_not_allowed", "fetch_unsupported", "fetch_too_large")
+_FETCH = ("fetch_failed", "fetch_timeout", "fetch_not_installed")
 _PICTURE = ("image_empty", "image_unsupported", "image_truncated", "image_corrupt", "image_too_large")
 _RELEASE = ("unknown_release", "retired_release", "release_unavailable")
 _SERVICE = ("triton_unavailable", "no_release", "deadline_exceeded", "inference_failed", "invalid_answer")
-_PREDICT = (*_BODY, *_CONTENT, *_PICTURE, *_RELEASE, *_SERVICE, "provenance_mismatch", "internal_error")
+_PREDICT = (
+    *_BODY,
+    *_CONTENT,
+    *_LOCATION,
+    *_FETCH,
+    *_PICTURE,
+    *_RELEASE,
+    *_SERVICE,
+    "provenance_mismatch",
+    "internal_error",
+)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -80,15 +92,18 @@ def create_app(settings: Settings) -> FastAPI:
     async def predict_route(request: Request) -> Response:
         request_id, log = request.state.request_id, request.state.log
         with service.predicting():
-            picture = await read_picture(request, settings)
+            picture = await read_picture(request, settings, service.fetcher)
             read = time.monotonic()
             candidates = service.router.choose(picture.pin, picture.metadata, request.headers)
-            answer = await predict(service.triton, candidates, picture.data, request_id, settings.deadline_s)
+            left = settings.deadline_s - picture.fetch_s
+            answer = await predict(service.triton, candidates, picture.data, request_id, left)
             answered = time.monotonic()
         body = views.prediction(request_id, answer, picture.metadata, request.state.started, read, answered)
         metrics.predicted(body.model_version, body.route)
         log["release"], log["route"], log["label"] = body.model_version, body.route, body.label
         log["timing_ms"] = body.timing_ms.model_dump()
+        if picture.fetch_s:
+            log["fetch_ms"] = round(picture.fetch_s * 1e3, 3)
         if answer.passed_over:
             log["passed_over"] = str(answer.passed_over)
 

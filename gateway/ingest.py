@@ -1,6 +1,7 @@
 """The body of a request, in any of its three forms, to a picture and its metadata.
 
-Bounded in size and time; nothing is written to disk. A body is read up to its limit and no further.
+Bounded in size and time; nothing is written to disk. A body is read up to its limit and no further. A picture that is
+sent by its location is fetched when all the rest was found to be in order.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import asyncio
 import base64
 import binascii
 import json
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 
@@ -18,7 +20,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from gateway.errors import Failure
-from gateway.schemas import Metadata, PredictRequest
+from gateway.fetch.fetcher import Fetcher
+from gateway.schemas import ONE_PICTURE, Metadata, PredictRequest
 from gateway.settings import Settings
 
 _METADATA: TypeAdapter[Metadata] = TypeAdapter(Metadata)
@@ -30,10 +33,11 @@ OPENAPI_REQUEST_BODY = {
         "multipart/form-data": {
             "schema": {
                 "type": "object",
-                "required": ["image"],
+                "oneOf": ONE_PICTURE,
                 "additionalProperties": False,
                 "properties": {
                     "image": {"type": "string", "format": "binary", "description": "The picture file."},
+                    "image_url": {"type": "string", "description": "Where the picture is, as in the JSON form."},
                     "metadata": {"type": "string", "description": "A flat JSON object, as in the JSON form."},
                     "model_version": {"type": "string", "description": "The release to ask, as in the JSON form."},
                 },
@@ -62,13 +66,18 @@ class Picture:
     data: bytes
     metadata: Metadata
     pin: str | None = None
+    url: str | None = None
+    """Where `data` is fetched from; None where the request carried it."""
+    fetch_s: float = 0.0
+    """Seconds that this took; they count as time of the prediction."""
 
 
-async def read_picture(request: Request, settings: Settings) -> Picture:
-    """Read one picture from a request.
+async def read_picture(request: Request, settings: Settings, fetcher: Fetcher) -> Picture:
+    """Read one picture from a request, or from the location that the request names.
 
     Raises:
-        Failure: the body is missing, too large, too slow, of a type that is not taken, or malformed.
+        Failure: the body is missing, too large, too slow, of a type that is not taken, or malformed; or the location
+            is not allowed or gives no picture.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not media_type and request.headers.get("content-length", "0") == "0":
@@ -85,7 +94,12 @@ async def read_picture(request: Request, settings: Settings) -> Picture:
     else:
         picture = Picture(body, {})
     _require_small(picture.metadata, settings.max_metadata_bytes)
-    return replace(picture, pin=_one_pin(request.query_params.getlist("model_version"), picture.pin))
+    picture = replace(picture, pin=_one_pin(request.query_params.getlist("model_version"), picture.pin))
+    if picture.url is None:
+        return picture
+    began = time.monotonic()
+    data = await fetcher.fetch(picture.url, settings.deadline_s)
+    return replace(picture, data=data, fetch_s=time.monotonic() - began)
 
 
 def _one_pin(in_query: list[str], in_body: str | None) -> str | None:
@@ -122,6 +136,8 @@ def _from_json(body: bytes) -> Picture:
         request = PredictRequest.model_validate_json(body)
     except ValidationError as error:
         raise _json_failure(error) from None
+    if "image_url" in request.model_fields_set:
+        return Picture(b"", request.metadata, request.model_version, request.image_url)
     try:
         return Picture(base64.b64decode(request.image, validate=True), request.metadata, request.model_version)
     except (binascii.Error, ValueError) as error:
@@ -158,23 +174,28 @@ async def _from_form(request: Request, body: bytes) -> Picture:
         yield b""
 
     try:
-        parser = _FormParser(request.headers, stream(), max_files=3, max_fields=3, max_part_size=len(body))
+        parser = _FormParser(request.headers, stream(), max_files=4, max_fields=4, max_part_size=len(body))
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
         raise Failure("invalid_multipart", getattr(error, "message", None) or "the form cannot be parsed") from None
     names = [name for name, _ in form.multi_items()]
-    if unknown := sorted(set(names) - {"image", "metadata", "model_version"}):
+    if unknown := sorted(set(names) - {"image", "image_url", "metadata", "model_version"}):
         raise Failure("invalid_request", f"unknown part: {unknown[0][:100]}")
     if len(set(names)) != len(names):
         raise Failure("invalid_request", "a part was sent twice")
-    image, metadata = form.get("image"), form.get("metadata")
-    if not isinstance(image, UploadFile):
-        raise Failure("invalid_request", "the part 'image' is missing, or is no file (it needs a filename)")
+    image, url, metadata = form.get("image"), form.get("image_url"), form.get("metadata")
+    if (image is None) == (url is None):
+        raise Failure("invalid_request", "exactly one of the parts 'image' and 'image_url' is needed")
+    if isinstance(image, str):
+        raise Failure("invalid_request", "the part 'image' is no file (it needs a filename)")
+    if isinstance(url, UploadFile):
+        raise Failure("invalid_request", "the part 'image_url' is text, not a file")
     text = (await metadata.read()) if isinstance(metadata, UploadFile) else metadata
     pin = form.get("model_version")
     if isinstance(pin, UploadFile):
         raise Failure("invalid_request", "the part 'model_version' is text, not a file")
-    return Picture(await image.read(), _parse_metadata(text) if text else {}, pin)
+    data = b"" if image is None else await image.read()
+    return Picture(data, _parse_metadata(text) if text else {}, pin, url)
 
 
 def _parse_metadata(text: str | bytes) -> Metadata:

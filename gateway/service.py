@@ -10,6 +10,7 @@ from prometheus_client.core import Metric
 
 from gateway import activation
 from gateway.comparison import Comparisons
+from gateway.fetch.fetcher import Fetcher
 from gateway.metrics import Metrics, gauge, gauge_by_release
 from gateway.mirrors import Mirrors
 from gateway.releases import Releases
@@ -29,6 +30,7 @@ class Service:
         self.routing = RoutingFile(settings.routing, settings.pipeline)
         self.router = Router(self.routing, self.releases)
         self.comparisons = Comparisons()
+        self.fetcher = Fetcher(settings)
         self.mirrors = Mirrors(self.triton, self.router, self.comparisons, metrics, settings)
         self.in_flight = 0
         """Predictions that were begun and not yet answered."""
