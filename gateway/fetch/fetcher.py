@@ -71,14 +71,12 @@ class Fetcher:
         try:
             if not _VISIBLE.fullmatch(target):
                 raise Failure("url_invalid", "characters that no URL has")
-            try:
-                joined = urljoin(f"{source.origin}{source.target}", target)
-            except ValueError:
-                raise Failure("url_invalid", "not a URL") from None
-            location = parse_web(joined)
+            location = parse_web(urljoin(f"{source.origin}{source.target}", target))
             self._allowed.require_origin(location)
             if (source.scheme, location.scheme) == ("https", "http"):
                 raise Failure("url_not_allowed", "from https to http")
-        except Failure as failure:
-            raise Failure(failure.code, f"redirected by {source.origin}: {failure.detail}") from None
+        except (Failure, ValueError) as error:
+            # Where to is not told: it is between the operator and that host.
+            code = error.code if isinstance(error, Failure) else "url_invalid"
+            raise Failure(code, f"{source.origin} redirects to where this service does not go") from error
         return location
