@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import time
+from collections import Counter
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI, Request
@@ -15,22 +16,33 @@ from starlette.exceptions import HTTPException
 
 from gateway import budget, schemas, views
 from gateway.errors import PROBLEMS, Failure, Problem, openapi_responses
-from gateway.ingest import OPENAPI_PARAMETERS, OPENAPI_REQUEST_BODY, read_picture
+from gateway.ingest import (
+    OPENAPI_BATCH_BODY,
+    OPENAPI_PARAMETERS,
+    OPENAPI_REQUEST_BODY,
+    Picture,
+    read_batch,
+    read_picture,
+)
 from gateway.metrics import Metrics
 from gateway.middleware import RequestContext, problem_response
-from gateway.predict import Asker, predict
+from gateway.predict import Asker
 from gateway.service import Service
 from gateway.settings import Settings
 
 _DESCRIPTION = """Send a picture of a parcel, get back whether it is damaged, how sure the model is, and which
 release answered. Every error is a problem (RFC 9457) with a stable `code`."""
 
-_BODY = ("missing_body", "invalid_json", "invalid_base64", "invalid_multipart", "body_timeout", "body_too_large")
+_BODY_JSON = ("missing_body", "invalid_json", "body_timeout", "body_too_large")
+_BODY = (*_BODY_JSON, "invalid_base64", "invalid_multipart")
 _CONTENT = ("unsupported_media_type", "invalid_request", "invalid_metadata")
+_LOCATION = ("url_invalid", "url_not_allowed", "fetch_unsupported", "fetch_too_large")
+_FETCH = ("fetch_failed", "fetch_timeout", "fetch_not_installed")
 _PICTURE = ("image_empty", "image_unsupported", "image_truncated", "image_corrupt", "image_too_large")
 _RELEASE = ("unknown_release", "retired_release", "release_unavailable")
 _SERVICE = ("overloaded", "triton_unavailable", "no_release", "deadline_exceeded", "inference_failed", "invalid_answer")
-_PREDICT = (*_BODY, *_CONTENT, *_PICTURE, *_RELEASE, *_SERVICE, "provenance_mismatch", "internal_error")
+_JUDGE = (*_LOCATION, *_FETCH, *_PICTURE, *_RELEASE, *_SERVICE, "provenance_mismatch")
+_PREDICT = (*_BODY, *_CONTENT, *_JUDGE, "internal_error")
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -86,24 +98,51 @@ def create_app(settings: Settings) -> FastAPI:
             if "model_version" not in request.query_params:
                 service.require_room(asker)  # before the work of reading
             picture = await read_picture(request, settings, asker.deadline)
-            read = time.monotonic()
-            candidates = service.router.choose(picture.pin, picture.metadata, request.headers)
             async with budget.ended_by_leaving(request):
-                answer = await predict(service.dispatcher, candidates, picture.data, asker)
-            answered = time.monotonic()
-        body = views.prediction(request_id, answer, picture.metadata, request.state.started, read, answered)
+                judged = await service.judge(picture, asker, request.headers)
+        body = views.prediction(request_id, judged, request.state.started)
         metrics.predicted(body.model_version, body.route)
         log["release"], log["route"], log["label"] = body.model_version, body.route, body.label
         log["timing_ms"] = body.timing_ms.model_dump()
-        if answer.passed_over:
-            log["passed_over"] = str(answer.passed_over)
-
-        async def compare() -> None:
-            await service.mirrors.offer(answer, picture.data, request_id, service.in_flight)
-
-        # Starlette runs it once the answer was sent.
+        if judged.answer.passed_over:
+            log["passed_over"] = str(judged.answer.passed_over)
         headers = {"Server-Timing": views.server_timing(body.timing_ms)}
-        return Response(body.model_dump_json(), 200, headers, "application/json", BackgroundTask(compare))
+        # Starlette runs it once the answer was sent.
+        compare = BackgroundTask(service.compare, judged, request_id)
+        return Response(body.model_dump_json(), 200, headers, "application/json", compare)
+
+    @app.post(
+        "/v1/predict/batch",
+        summary="Judge several pictures",
+        response_model=schemas.BatchResponse,
+        responses=openapi_responses(*_BODY_JSON, *_CONTENT, "internal_error"),
+        openapi_extra={"requestBody": OPENAPI_BATCH_BODY, "parameters": [budget.OPENAPI_PARAMETER]},
+        operation_id="predict_batch",
+    )
+    async def batch_route(request: Request) -> Response:
+        request_id, client = request.state.request_id, client_of(request)
+        deadline = budget.deadline(request, settings)
+        with service.predicting():
+            items = await read_batch(request, settings, deadline)
+
+            async def result(i: int, item: Picture | Failure) -> schemas.BatchAnswer | schemas.BatchProblem:
+                asker = Asker(f"{request_id}-{i}", client, deadline)
+                try:
+                    if isinstance(item, Failure):
+                        raise item
+                    judged = await service.judge(item, asker, request.headers)
+                except Failure as failure:
+                    return schemas.BatchProblem(problem=Problem.of(failure, asker.request_id))
+                answer = views.prediction(asker.request_id, judged, request.state.started)
+                metrics.predicted(answer.model_version, answer.route)
+                return schemas.BatchAnswer(answer=answer)
+
+            async with budget.ended_by_leaving(request):
+                results = await asyncio.gather(*(result(i, item) for i, item in enumerate(items)))
+        failed = [result.problem.code for result in results if isinstance(result, schemas.BatchProblem)]
+        request.state.log["items"], request.state.log["failed"] = len(results), dict(Counter(failed))
+        body = schemas.BatchResponse(request_id=request_id, results=results)
+        return Response(body.model_dump_json(), 200, media_type="application/json")
 
     @app.get("/v1/releases", summary="Every release, and what it is used for", operation_id="releases")
     async def releases_route() -> schemas.Releases:
@@ -183,7 +222,7 @@ def _complete_openapi(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = generate()
             components = document.setdefault("components", {}).setdefault("schemas", {})
-            for model in (Problem, schemas.PredictRequest):
+            for model in (Problem, schemas.PredictRequest, schemas.BatchRequest):
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 components.update(schema.pop("$defs", {}))
                 components[model.__name__] = schema

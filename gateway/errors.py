@@ -65,6 +65,30 @@ PROBLEMS: dict[str, Kind] = {
     "image_truncated": Kind(422, "The picture ends early", "Check the upload and send the whole file."),
     "image_corrupt": Kind(422, "The picture is damaged", "Check that it opens elsewhere, or take it again."),
     "image_too_large": Kind(422, "The picture has too many pixels", "Scale it down; the limit is in the detail."),
+    # The picture could not be fetched from its location.
+    "url_invalid": Kind(
+        422,
+        "The location cannot be used",
+        "Send an absolute https URL: a plain host, no user, no fragment, everything unusual percent-encoded.",
+    ),
+    "url_not_allowed": Kind(
+        403, "Pictures are not fetched from there", "Use a place that the service allows, or send the picture itself."
+    ),
+    "fetch_unsupported": Kind(
+        422,
+        "What is there is not sent as a picture",
+        "Serve it as image/*, not compressed, or send the picture itself.",
+    ),
+    "fetch_too_large": Kind(422, "What is there is too large", "Use a smaller picture; the limit is in the detail."),
+    "fetch_failed": Kind(
+        502,
+        "The picture could not be fetched",
+        "Check that the location answers; try again, or send the picture itself.",
+    ),
+    "fetch_timeout": Kind(504, "The picture did not come in time", "Try again, or send the picture itself."),
+    "fetch_not_installed": Kind(
+        501, "This service cannot read object stores", "Ask for its extra 'objects', or use an https location."
+    ),
     # Nothing is there.
     "not_found": Kind(404, "There is nothing under this path", "See /docs for the paths."),
     "unknown_release": Kind(404, "There is no such release", "Pin one of those in the detail, or none."),

@@ -1,4 +1,4 @@
-"""The body of a request, in any of its three forms, to a picture and its metadata.
+"""The body of a request, in any of its forms, to a picture, or where it is, and its metadata.
 
 Bounded in size and time; nothing is written to disk. A body is read up to its limit and no further.
 """
@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from gateway import budget
 from gateway.errors import Failure
-from gateway.schemas import Metadata, PredictRequest
+from gateway.schemas import ONE_PICTURE, BatchRequest, Metadata, PredictRequest
 from gateway.settings import Settings
 
 _METADATA: TypeAdapter[Metadata] = TypeAdapter(Metadata)
@@ -32,10 +32,11 @@ OPENAPI_REQUEST_BODY = {
         "multipart/form-data": {
             "schema": {
                 "type": "object",
-                "required": ["image"],
+                "oneOf": ONE_PICTURE,
                 "additionalProperties": False,
                 "properties": {
                     "image": {"type": "string", "format": "binary", "description": "The picture file."},
+                    "image_url": {"type": "string", "description": "Where the picture is, as in the JSON form."},
                     "metadata": {"type": "string", "description": "A flat JSON object, as in the JSON form."},
                     "model_version": {"type": "string", "description": "The release to ask, as in the JSON form."},
                 },
@@ -43,6 +44,11 @@ OPENAPI_REQUEST_BODY = {
         },
         "image/*": {"schema": {"type": "string", "format": "binary", "description": "The picture file itself."}},
     },
+}
+
+OPENAPI_BATCH_BODY = {
+    "required": True,
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/BatchRequest"}}},
 }
 
 OPENAPI_PARAMETERS = [
@@ -65,10 +71,12 @@ class Picture:
     data: bytes
     metadata: Metadata
     pin: str | None = None
+    url: str | None = None
+    """Where `data` is to be fetched from; None where the request carried it."""
 
 
 async def read_picture(request: Request, settings: Settings, deadline: float) -> Picture:
-    """Read one picture from a request, until `deadline` (monotonic seconds) at the latest.
+    """Read one picture, or where it is, from a request, until `deadline` (monotonic seconds) at the latest.
 
     Raises:
         Failure: the body is missing, too large, too slow, of a type that is not taken, or malformed.
@@ -91,6 +99,38 @@ async def read_picture(request: Request, settings: Settings, deadline: float) ->
     return replace(picture, pin=_one_pin(request.query_params.getlist("model_version"), picture.pin))
 
 
+async def read_batch(request: Request, settings: Settings, deadline: float) -> list[Picture | Failure]:
+    """Read several pictures, or where they are; what is wrong with one of them is told in its place.
+
+    Raises:
+        Failure: as `read_picture`, for what is wrong with the whole.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise Failure("unsupported_media_type", f"{media_type[:100] or 'no content type'} is not taken")
+    body = await _read_body(request, settings, deadline)
+    if not body:
+        raise Failure("missing_body", "the body is empty")
+    try:
+        items = BatchRequest.model_validate_json(body).items
+    except ValidationError as error:
+        raise _json_failure(error) from None
+    if len(items) > settings.max_items:
+        raise Failure("invalid_request", f"items: {len(items):,} are more than {settings.max_items:,}")
+    return [_item(item, settings) for item in items]
+
+
+def _item(item: object, settings: Settings) -> Picture | Failure:
+    try:
+        picture = _picture(PredictRequest.model_validate(item))
+        _require_small(picture.metadata, settings.max_metadata_bytes)
+        return picture
+    except ValidationError as error:
+        return _json_failure(error)
+    except Failure as failure:
+        return failure
+
+
 def _one_pin(in_query: list[str], in_body: str | None) -> str | None:
     pins = dict.fromkeys([*in_query, *([] if in_body is None else [in_body])])
     if len(pins) > 1:
@@ -106,26 +146,32 @@ async def _read_body(request: Request, settings: Settings, deadline: float) -> b
     declared = request.headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and int(declared) > limit:
         raise too_large
-    body = bytearray()
+    chunks, size = [], 0
     seconds = min(settings.body_timeout_s, deadline - time.monotonic())
     try:
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():
-                if len(body) + len(chunk) > limit:
+                size += len(chunk)
+                if size > limit:
                     raise too_large
-                body += chunk
+                chunks.append(chunk)
     except TimeoutError:
-        raise Failure("body_timeout", f"{len(body):,} bytes came within {seconds:.3g} s") from None
+        raise Failure("body_timeout", f"{size:,} bytes came within {seconds:.3g} s") from None
     except ClientDisconnect:
         raise Failure("client_gone", "the connection was closed before the body was complete") from None
-    return bytes(body)
+    return b"".join(chunks)
 
 
 def _from_json(body: bytes) -> Picture:
     try:
-        request = PredictRequest.model_validate_json(body)
+        return _picture(PredictRequest.model_validate_json(body))
     except ValidationError as error:
         raise _json_failure(error) from None
+
+
+def _picture(request: PredictRequest) -> Picture:
+    if "image_url" in request.model_fields_set:
+        return Picture(b"", request.metadata, request.model_version, request.image_url)
     try:
         return Picture(base64.b64decode(request.image, validate=True), request.metadata, request.model_version)
     except (binascii.Error, ValueError) as error:
@@ -162,23 +208,28 @@ async def _from_form(request: Request, body: bytes) -> Picture:
         yield b""
 
     try:
-        parser = _FormParser(request.headers, stream(), max_files=3, max_fields=3, max_part_size=len(body))
+        parser = _FormParser(request.headers, stream(), max_files=4, max_fields=4, max_part_size=len(body))
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
         raise Failure("invalid_multipart", getattr(error, "message", None) or "the form cannot be parsed") from None
     names = [name for name, _ in form.multi_items()]
-    if unknown := sorted(set(names) - {"image", "metadata", "model_version"}):
+    if unknown := sorted(set(names) - {"image", "image_url", "metadata", "model_version"}):
         raise Failure("invalid_request", f"unknown part: {unknown[0][:100]}")
     if len(set(names)) != len(names):
         raise Failure("invalid_request", "a part was sent twice")
-    image, metadata = form.get("image"), form.get("metadata")
-    if not isinstance(image, UploadFile):
-        raise Failure("invalid_request", "the part 'image' is missing, or is no file (it needs a filename)")
+    image, url, metadata = form.get("image"), form.get("image_url"), form.get("metadata")
+    if (image is None) == (url is None):
+        raise Failure("invalid_request", "exactly one of the parts 'image' and 'image_url' is needed")
+    if isinstance(image, str):
+        raise Failure("invalid_request", "the part 'image' is no file (it needs a filename)")
+    if isinstance(url, UploadFile):
+        raise Failure("invalid_request", "the part 'image_url' is text, not a file")
     text = (await metadata.read()) if isinstance(metadata, UploadFile) else metadata
     pin = form.get("model_version")
     if isinstance(pin, UploadFile):
         raise Failure("invalid_request", "the part 'model_version' is text, not a file")
-    return Picture(await image.read(), _parse_metadata(text) if text else {}, pin)
+    data = b"" if image is None else await image.read()
+    return Picture(data, _parse_metadata(text) if text else {}, pin, url)
 
 
 def _parse_metadata(text: str | bytes) -> Metadata:

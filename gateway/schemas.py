@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictBool, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    SkipValidation,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from contract.routing import Canary, Shadow
+from gateway.errors import Problem
 
 MetadataValue = Annotated[StrictStr, Field(max_length=1024)] | StrictBool | StrictInt | FiniteFloat | None
 State = Literal["ready", "unavailable"]
@@ -14,20 +26,53 @@ Role = Literal["stable", "canary", "shadow"]
 Metadata = dict[Annotated[str, Field(min_length=1, max_length=64)], MetadataValue]
 
 
-class PredictRequest(BaseModel):
-    """The JSON form of a request."""
+ONE_PICTURE = [{"required": ["image"]}, {"required": ["image_url"]}]
+"""For `oneOf`: the picture, or where it is."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+def _document_one_picture(schema: dict[str, Any]) -> None:
+    schema["oneOf"] = ONE_PICTURE
+    for (name,) in (option["required"] for option in ONE_PICTURE):
+        del schema["properties"][name]["default"]
+
+
+class PredictRequest(BaseModel):
+    """The JSON form of a request: with `image` or with `image_url`."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), json_schema_extra=_document_one_picture)
 
     image: StrictStr = Field(
+        default="",
         description="The picture file (JPEG, PNG, WebP, BMP, GIF or TIFF), in standard base64.",
         json_schema_extra={"contentEncoding": "base64"},
+    )
+    image_url: StrictStr = Field(
+        default="",
+        description="Where the picture is: an https URL, or s3:// or gs://, of a host that the service allows.",
+        examples=["https://images.example.com/parcel.jpg"],
     )
     metadata: Metadata = Field(
         default={}, description="A flat object that comes back in the answer unchanged.", examples=[{"parcel": "A-17"}]
     )
     model_version: StrictStr | None = Field(
         default=None, description="The release to ask. Without it the routing decides.", examples=["defect-v1"]
+    )
+
+    @model_validator(mode="after")
+    def _has_one_picture(self) -> Self:
+        if len({"image", "image_url"} & self.model_fields_set) != 1:
+            raise PydanticCustomError("one_picture", "exactly one of image and image_url is needed")
+        return self
+
+
+class BatchRequest(BaseModel):
+    """Several pictures, each as a request for one picture has it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    # Not validated as a whole: what is wrong with one item is told in its place.
+    items: list[SkipValidation[PredictRequest]] = Field(
+        min_length=1, description="The pictures, as many as the service takes at once."
     )
 
 
@@ -41,7 +86,7 @@ class Score(BaseModel):
 class Timing(BaseModel):
     """Where the time went, in milliseconds."""
 
-    read: float = Field(description="Receiving and parsing the request.")
+    read: float = Field(description="Receiving and parsing the request, and fetching a picture by its location.")
     admit: float = Field(description="Waiting in the gateway for a call of Triton.")
     queue: float = Field(description="Between the gateway and the first step: transport and waiting in Triton.")
     preprocess: float = Field(description="Decoding and resizing the picture.")
@@ -65,6 +110,25 @@ class PredictResponse(BaseModel):
     scores: list[Score] = Field(description="All labels, most probable first.")
     metadata: Metadata
     timing_ms: Timing
+
+
+class BatchAnswer(BaseModel):
+    """The answer to one picture of several."""
+
+    answer: PredictResponse
+
+
+class BatchProblem(BaseModel):
+    """Why there is no answer to one picture of several."""
+
+    problem: Problem
+
+
+class BatchResponse(BaseModel):
+    """A result for each picture, in the order of the request."""
+
+    request_id: str = Field(description="The X-Request-ID of the request; that of an item ends in its place, as -0.")
+    results: list[BatchAnswer | BatchProblem]
 
 
 class StepVersion(BaseModel):

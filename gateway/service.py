@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
 
 from prometheus_client.core import Metric
 
 from gateway.catalogue import Catalogue
 from gateway.comparison import Comparisons
 from gateway.dispatch import Dispatcher
+from gateway.fetch.fetcher import Fetcher
 from gateway.fleet import Fleet
+from gateway.ingest import Picture
 from gateway.metrics import Metrics, gauge, gauge_by
 from gateway.mirrors import Mirrors
-from gateway.predict import Asker
+from gateway.predict import Answer, Asker, predict
 from gateway.router import Router
 from gateway.routing import RoutingFile
+from gateway.schemas import Metadata
 from gateway.settings import Settings
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer, with the picture and what came with it; the prediction's times are in monotonic seconds."""
+
+    answer: Answer
+    picture: bytes
+    metadata: Metadata
+    began: float
+    ended: float
 
 
 class Service:
@@ -31,6 +47,7 @@ class Service:
         self.routing = RoutingFile(settings.routing, settings.pipeline)
         self.router = Router(self.routing, self.releases)
         self.comparisons = Comparisons()
+        self.fetcher = Fetcher(settings)
         self.mirrors = Mirrors(self.dispatcher, self.router, self.comparisons, metrics, settings)
         self.in_flight = 0
         """Predictions that were begun and not yet answered."""
@@ -55,6 +72,24 @@ class Service:
         """
         if stable := self.router.in_force().stable:
             self.dispatcher.require_room(stable.name, asker.client, asker.deadline)
+
+    async def judge(self, picture: Picture, asker: Asker, headers: Mapping[str, str]) -> Judged:
+        """Answer one picture: choose who answers, fetch the picture where it was sent by its location, and predict.
+
+        Raises:
+            Failure: there is no answer.
+        """
+        candidates = self.router.choose(picture.pin, picture.metadata, headers)
+        data = picture.data
+        if picture.url is not None:
+            data = await self.fetcher.fetch(picture.url, asker.deadline - time.monotonic())
+        began = time.monotonic()
+        answer = await predict(self.dispatcher, candidates, data, asker)
+        return Judged(answer, data, picture.metadata, began, time.monotonic())
+
+    async def compare(self, judged: Judged, request_id: str) -> None:
+        """Run an answered request once more where it is to be compared; returns at once."""
+        await self.mirrors.offer(judged.answer, judged.picture, request_id, self.in_flight)
 
     @contextlib.contextmanager
     def predicting(self) -> Iterator[None]:

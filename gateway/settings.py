@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 import contract
+from gateway.fetch.allowed import Allowed
+from gateway.fetch.resolver import parse_nameservers
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
@@ -40,9 +42,19 @@ class Settings(BaseSettings):
     body_timeout_s: Seconds = 10.0
     """Time to receive a request's body."""
     max_body_bytes: int = Field(default=20 * 2**20, ge=1024, le=2**30)
-    """Largest request body; base64 makes a picture a third larger."""
+    """Largest request body, and largest picture by location; base64 makes a picture a third larger."""
     max_metadata_bytes: int = Field(default=4096, ge=2, le=2**20)
     """Largest `metadata`, written as compact JSON."""
+    image_hosts: str = ""
+    """Where pictures by location may come from: host, host:port, *.domain, http://host, s3://bucket. None: off."""
+    image_private_networks: str = ""
+    """Networks, as 10.1.0.0/16, where those hosts may be though they are not public."""
+    image_timeout_s: Seconds = 3.0
+    """Time to fetch a picture by its location, out of the time for the prediction."""
+    image_fetches: int = Field(default=32, ge=1, le=1024)
+    """Most pictures that are fetched at the same time."""
+    image_nameservers: str = ""
+    """Name servers to ask for those hosts, as 10.0.0.2:53. None: those of /etc/resolv.conf."""
     routing: Path = Path("routing/routing.toml")
     """File that says which release answers; followed. None there: the newest."""
     group: int = Field(default=8, ge=1, le=256)
@@ -55,6 +67,8 @@ class Settings(BaseSettings):
     """Largest sum of their files."""
     patience_s: float = Field(default=2.0, ge=0, le=60)
     """Without any Triton, requests wait so long for its return; after that they are refused at once."""
+    max_items: int = Field(default=32, ge=1, le=1024)
+    """Most pictures in one request to /v1/predict/batch."""
     mirrors: int = Field(default=2, ge=0, le=64)
     """Most requests that run once more at the same time, for comparison. 0: none."""
     mirror_max_load: int = Field(default=8, ge=0)
@@ -67,6 +81,24 @@ class Settings(BaseSettings):
     """Time for requests in flight when the gateway is stopped."""
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
     """Least severe log lines that are written."""
+
+    @field_validator("image_hosts")
+    @classmethod
+    def _are_origins(cls, value: str) -> str:
+        Allowed.of(value, "")
+        return value
+
+    @field_validator("image_private_networks")
+    @classmethod
+    def _are_networks(cls, value: str) -> str:
+        Allowed.of("", value)
+        return value
+
+    @field_validator("image_nameservers")
+    @classmethod
+    def _are_addresses(cls, value: str) -> str:
+        parse_nameservers(value)
+        return value
 
     @classmethod
     def read(cls) -> Self:

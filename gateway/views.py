@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contract
 from gateway import __version__, schemas
-from gateway.predict import Answer
 from gateway.releases import Known
 from gateway.router import Router
-from gateway.service import Service
+from gateway.service import Judged, Service
 
 CONTRACT = "v1"
 
 
-def prediction(
-    request_id: str, answer: Answer, metadata: schemas.Metadata, started: float, read: float, answered: float
-) -> schemas.PredictResponse:
-    """The answer to one picture; the times are monotonic seconds."""
-    inference = answer.inference
+def prediction(request_id: str, judged: Judged, started: float) -> schemas.PredictResponse:
+    """The answer to one picture of a request that started then (monotonic seconds)."""
+    answer, inference = judged.answer, judged.answer.inference
     began, prepared, decided, ended = inference.times_ns
     in_steps = (ended - began) / 1e6
     return schemas.PredictResponse(
@@ -26,15 +23,15 @@ def prediction(
         label=inference.label,
         confidence=_probability(inference.confidence),
         scores=[schemas.Score(label=name, confidence=_probability(p)) for name, p in inference.scores],
-        metadata=metadata,
+        metadata=judged.metadata,
         timing_ms=schemas.Timing(
-            read=round((read - started) * 1e3, 3),
-            admit=round((answer.sent - read) * 1e3, 3),
-            queue=round(max(0.0, (answered - answer.sent) * 1e3 - in_steps), 3),
+            read=round((judged.began - started) * 1e3, 3),
+            admit=round((answer.sent - judged.began) * 1e3, 3),
+            queue=round(max(0.0, (judged.ended - answer.sent) * 1e3 - in_steps), 3),
             preprocess=round((prepared - began) / 1e6, 3),
             infer=round((decided - prepared) / 1e6, 3),
             postprocess=round((ended - decided) / 1e6, 3),
-            total=round((answered - started) * 1e3, 3),
+            total=round((judged.ended - started) * 1e3, 3),
         ),
     )
 

@@ -11,7 +11,15 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-LOCKS = {"dev": "3.11", "gateway": "3.11", "steps": "3.10", "export": "3.11", "perf": "3.11", "train": "3.11"}
+LOCKS = {
+    "dev": "3.11",
+    "gateway": "3.11",
+    "objects": "3.11",
+    "steps": "3.10",
+    "export": "3.11",
+    "perf": "3.11",
+    "train": "3.11",
+}
 """Extra -> Python of the environment. The steps run on the Python of NVIDIA's image."""
 
 

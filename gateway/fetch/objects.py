@@ -1,0 +1,52 @@
+"""An object of an S3 or Google store -> its bytes.
+
+By obstore, bindings to Rust's object_store: one package for both stores, nothing beneath it, and asynchronous to the
+bottom. It is an extra, being as large as the gateway itself. Endpoint and credentials are the operator's: obstore
+reads them from the environment (AWS_*, GOOGLE_*). A client chooses no more than the key in a bucket that is listed.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from gateway.errors import Failure
+from gateway.fetch.location import StoredObject
+
+if TYPE_CHECKING:
+    from obstore.store import GCSStore, S3Store
+
+
+async def get(location: StoredObject, limit: int) -> bytes:
+    """Fetch at most `limit` bytes. The caller limits the time.
+
+    Raises:
+        Failure: fetch_failed, fetch_too_large or fetch_not_installed.
+    """
+    try:
+        from obstore.exceptions import BaseError
+    except ModuleNotFoundError as error:
+        raise Failure("fetch_not_installed", f"{location.scheme}:// needs the package obstore") from error
+    too_large = Failure("fetch_too_large", f"the limit is {limit:,} bytes")
+    try:
+        found = await _store(location.scheme, location.bucket).get_async(location.key)
+        if found.meta["size"] > limit:
+            raise too_large
+        body = bytearray()
+        async for chunk in found.stream(min_chunk_size=2**16):
+            if len(body) + len(chunk) > limit:
+                raise too_large
+            body += chunk
+    except (BaseError, OSError) as error:
+        # Its message names the endpoint and more: not for clients.
+        raise Failure("fetch_failed", f"{location.origin} did not give the object ({type(error).__name__})") from error
+    return bytes(body)
+
+
+@functools.cache
+def _store(scheme: str, bucket: str) -> S3Store | GCSStore:
+    """The client of one bucket, kept for its connections and its credentials; only listed buckets come here."""
+    from obstore.store import GCSStore, S3Store
+
+    # Time and retries belong to the request that waits.
+    return (S3Store if scheme == "s3" else GCSStore)(bucket, retry_config={"max_retries": 0})
