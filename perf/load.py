@@ -72,9 +72,10 @@ def wrk(service: Service, contender: str, load: Load, number: int, bodies: Bodie
     environment = {**os.environ, "BENCH_BODIES": ":".join(map(str, bodies.files)), "BENCH_TYPE": bodies.media_type}
     command = ["wrk", "-t1", f"-c{load.connections}", f"-d{seconds:g}s", "--timeout", "30s"]
     command += ["-s", str(ROOT / "perf/wrk.lua"), service.url]
-    before = service.cpu_seconds()
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    after = service.cpu_seconds()
+    with service.awake():
+        before = service.cpu_seconds()
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        after = service.cpu_seconds()
     if run.returncode:
         raise PerfError(f"wrk failed on {contender}: {(run.stdout + run.stderr).strip().splitlines()[-1:]}")
     figures = json.loads(run.stdout.strip().splitlines()[-1])

@@ -1,4 +1,8 @@
-"""The contenders that listen: started, waited for, looked at from outside, and stopped."""
+"""The contenders that listen: started, waited for, looked at from outside, and stopped.
+
+Only one is measured at a time, and those that wait must not cost it anything: LitServe's workers, for one, ask for
+requests all the time. So an app stands still, as by SIGSTOP, except while it is measured.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +57,11 @@ class Service:
         """The same, with every request pinned to a release."""
         return Service(f"{self.url}?model_version={release}", self._processes)
 
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """For the length of this block it runs; what stands still otherwise stands still again afterwards."""
+        yield
+
     def cpu_seconds(self) -> dict[str, float]:
         """Processor time until now, by part."""
         spent: dict[str, float] = defaultdict(float)
@@ -81,6 +90,27 @@ class Service:
                     yield (steps or [part])[0], child
 
 
+class App(Service):
+    """One that stands still until it is measured."""
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """See `Service`."""
+        self.resume()
+        yield
+        self.suspend()
+
+    def suspend(self) -> None:
+        """Stop every process where it is."""
+        for _, process in self.parts():
+            process.suspend()
+
+    def resume(self) -> None:
+        """Let them go on."""
+        for _, process in self.parts():
+            process.resume()
+
+
 @contextlib.contextmanager
 def stack(repository: Path) -> Iterator[tuple[Service, TritonServer]]:
     """Gateway and Triton as `make serve` starts them, on ports of their own, answering."""
@@ -93,8 +123,8 @@ def stack(repository: Path) -> Iterator[tuple[Service, TritonServer]]:
 
 
 @contextlib.contextmanager
-def app(name: str, preprocessing: Path, model: Path) -> Iterator[Service]:
-    """One of the other ways to serve, answering.
+def app(name: str, preprocessing: Path, model: Path) -> Iterator[App]:
+    """One of the other ways to serve, seen to answer, and suspended.
 
     Raises:
         PerfError: it does not answer; the message has its last words.
@@ -109,9 +139,10 @@ def app(name: str, preprocessing: Path, model: Path) -> Iterator[Service]:
             process = subprocess.Popen(
                 command, env=variables, cwd=ROOT, stdout=output, stderr=output, preexec_fn=die_with_parent
             )
-        service = Service(f"http://127.0.0.1:{port}/v1/predict", {name: psutil.Process(process.pid)})
+        service = App(f"http://127.0.0.1:{port}/v1/predict", {name: psutil.Process(process.pid)})
         try:
             wait_for_answer(service.url)
+            service.suspend()
             yield service
         except PerfError as error:
             raise PerfError(f"{name}: {error}; its last words: {log.read_text()[-300:]!r}") from None
@@ -149,14 +180,16 @@ def wait_for_answer(url: str) -> dict:
     raise PerfError(f"{url} does not answer: {last}")
 
 
-def _stop(process: subprocess.Popen, service: Service) -> None:
+def _stop(process: subprocess.Popen, service: App) -> None:
     """End it and whatever it started: not all of them take their workers along."""
     everything = [each for _, each in service.parts()]
+    service.resume()
     process.send_signal(signal.SIGTERM)
     _, left = psutil.wait_procs(everything, timeout=5)
     for each in left:
         with contextlib.suppress(psutil.Error):
             each.kill()
+    psutil.wait_procs(left, timeout=5)
     process.wait()
 
 

@@ -40,7 +40,7 @@ class Target:
 
     def __str__(self) -> str:
         sign = "-" if self.compare is operator.sub else "/"
-        return f"{self.figure}: {self.contender} {sign} {self.against}"
+        return f"{self.contender} {sign} {self.against}"
 
     def values(self, runs: list[Run], load: Load) -> list[float]:
         """The comparison in each round; empty where one of the two was not measured under this load."""
@@ -76,15 +76,16 @@ REDUCED_DECODE = (Target(STACK, BASE, (4, 16), 4.0),)
 def table(runs: list[Run], targets: tuple[Target, ...]) -> Table:
     """Every target that these runs say something about."""
     result = Table(title="targets", title_justify="left")
-    for header in ("", "load", "bound", "median", "range", ""):
-        result.add_column(header)
+    for header in ("", "figure", "load", "bound", "median", "range", ""):
+        result.add_column(header, no_wrap=bool(header))
     for target, load, values in judged(runs, targets):
         result.add_row(
             str(target),
-            str(load),
-            f"{'at least' if target.at_least else 'at most'} {target.bound:.2f}",
+            "req/s" if target.figure == "throughput" else target.figure,
+            f"{load.connections} {load.form}",
+            f"{'≥' if target.at_least else '≤'} {target.bound:.2f}{' ms' * (target.compare is operator.sub)}",
             f"{statistics.median(values):.2f}",
-            f"{min(values):.2f} to {max(values):.2f}",
+            f"{min(values):.2f}..{max(values):.2f}",
             target.verdict(values),
         )
     return result

@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import httpx
+import psutil
 import pytest
 from PIL import Image
 
@@ -20,7 +21,7 @@ from perf.contenders import inprocess, limit
 from perf.load import Bodies, Load, Run
 from perf.services import BENTOML, LITSERVE, MOSEC, PLAIN, STACK, TUNED
 from perf.targets import BARE, LIMIT, TRITON, Target
-from tests.conftest import EXAMPLES
+from tests.conftest import EXAMPLES, wait_for
 from tests.offline import Offline
 
 SIXTEEN = Load(16, "raw")
@@ -65,14 +66,17 @@ def test_the_other_servers_give_the_same_answer(
         for form in ("raw", "json"):
             body = Bodies.of(form, EXAMPLES[:1], tmp_path)
             headers = {"Content-Type": body.media_type}
-            response = httpx.post(service.url, content=body.files[0].read_bytes(), headers=headers, timeout=60)
+            with service.awake():
+                response = httpx.post(service.url, content=body.files[0].read_bytes(), headers=headers, timeout=60)
             assert response.status_code == 200
             answer = response.json()[0] if name == BENTOML else response.json()
             assert answer["label"] == offline.answer(jpeg)[0]
             assert answer["scores"] == pytest.approx(offline.answer(jpeg)[1], abs=1e-5)
+        # It costs the others nothing.
+        wait_for(lambda: {process.status() for _, process in service.parts()} == {psutil.STATUS_STOPPED})
         assert service.memory_mib() > 50, "the workers are counted"
         processes = [process for _, process in service.parts()]
-    assert not any(process.is_running() for process in processes)
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
 def test_a_missing_environment_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,4 +198,4 @@ def test_the_whole_comparison_runs(figures, capsys) -> None:
     assert measured[STACK, "raw"]["memory_mib"] > 100
     printed = capsys.readouterr().out
     assert "16 connections, json" in printed
-    assert f"p99: {STACK} / {TUNED}" in printed
+    assert "≤ 1.00" in printed
