@@ -92,7 +92,7 @@ class Plan:
     contenders: list[str]
     loads: list[Load]
     pictures: list[Path]
-    seconds: float
+    seconds: int
     rounds: int
 
 
@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     parse.add_argument("--release", help="default: the newest")
     parse.add_argument("--base", metavar="RELEASE", help="another release, for comparison")
     parse.add_argument("--connections", type=int, nargs="+", default=[1, 4, 16, 64], help="default: 1 4 16 64")
-    parse.add_argument("--seconds", type=float, default=5.0, help="of one measurement (default: 5)")
+    parse.add_argument("--seconds", type=int, default=5, help="of one measurement (default: 5)")
     parse.add_argument("--rounds", type=int, default=3, help="default: 3")
     parse.add_argument("--results", type=Path, default=ROOT / "perf/results/bench", help="default: perf/results/bench")
     options = parse.parse_args(arguments)

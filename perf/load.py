@@ -63,14 +63,14 @@ class Bodies:
         return cls("application/json", files)
 
 
-def wrk(service: Service, contender: str, load: Load, number: int, bodies: Bodies, seconds: float) -> Run:
+def wrk(service: Service, contender: str, load: Load, number: int, bodies: Bodies, seconds: int) -> Run:
     """Load a service in round `number`.
 
     Raises:
         PerfError: wrk did not finish.
     """
     environment = {**os.environ, "BENCH_BODIES": ":".join(map(str, bodies.files)), "BENCH_TYPE": bodies.media_type}
-    command = ["wrk", "-t1", f"-c{load.connections}", f"-d{seconds:g}s", "--timeout", "30s"]
+    command = ["wrk", "-t1", f"-c{load.connections}", f"-d{seconds}s", "--timeout", "30s"]
     command += ["-s", str(ROOT / "perf/wrk.lua"), service.url]
     with service.awake():
         before = service.cpu_seconds()

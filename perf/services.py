@@ -141,11 +141,12 @@ def app(name: str, preprocessing: Path, model: Path) -> Iterator[App]:
             )
         service = App(f"http://127.0.0.1:{port}/v1/predict", {name: psutil.Process(process.pid)})
         try:
-            wait_for_answer(service.url)
+            try:
+                wait_for_answer(service.url)
+            except PerfError as error:
+                raise PerfError(f"{name}: {error}; its last words: {log.read_text()[-300:]!r}") from None
             service.suspend()
             yield service
-        except PerfError as error:
-            raise PerfError(f"{name}: {error}; its last words: {log.read_text()[-300:]!r}") from None
         finally:
             _stop(process, service)
 
