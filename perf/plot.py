@@ -61,7 +61,7 @@ class Chart:
             parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
             parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{top * i / 4:g}</text>')
         for x in self.steps or [widest * i / 4 for i in range(5)]:
-            parts.append(f'<text x="{place(x, 0)[0]:.1f}" y="{_HEIGHT - 22}" text-anchor="middle">{x:.4g}</text>')
+            parts.append(f'<text x="{place(x, 0)[0]:.1f}" y="{_HEIGHT - 22}" text-anchor="middle">{x:,.0f}</text>')
         parts.append(
             f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(self.across)}</text>'
         )
