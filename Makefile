@@ -5,10 +5,10 @@ RUN := $(VENV)/bin/python
 DATA ?= ../shared/data/parcels
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve rollback test lint export openapi train perf perf-drops perf-tools bench lock clean
+.PHONY: help setup serve rollback test lint export openapi train perf perf-drops perf-tools bench bench-contenders contenders soak lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed ## Create the environment from the lock file
 $(VENV)/.installed: requirements/dev.lock
@@ -57,6 +57,19 @@ perf: setup export perf-tools ## Run perf_analyzer on the newest release
 bench: setup export perf-tools ## Measure the stack beside the machine's limit and in-process apps (needs wrk)
 	@$(RUN) -m perf.bench $(if $(wildcard $(DATA)/valid),--pictures $(DATA)/valid)
 
+bench-contenders: setup export perf-tools contenders ## The same, with LitServe, BentoML and mosec
+	@$(RUN) -m perf.bench --contenders all $(if $(wildcard $(DATA)/valid),--pictures $(DATA)/valid)
+
+contenders: $(VENV)-contenders/.installed ## Install LitServe, BentoML and mosec, in an environment of their own
+$(VENV)-contenders/.installed: requirements/contenders.lock
+	$(PYTHON) -m venv $(VENV)-contenders
+	$(VENV)-contenders/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+		-r requirements/contenders.lock
+	@touch $@
+
+soak: setup export ## Send 50,000 requests of every kind; does the memory of the stack stay flat?
+	@$(RUN) -m perf.soak $(if $(wildcard $(DATA)/valid),--pictures $(DATA)/valid)
+
 perf-drops: setup export ## Measure the time from a dropped version to its first answer
 	@$(RUN) -m perf.drops
 
@@ -64,4 +77,4 @@ lock: setup ## Resolve pyproject.toml into requirements/*.lock again
 	$(RUN) requirements/lock.py
 
 clean: ## Remove environments and caches; models stay, some cannot be built again
-	rm -rf $(VENV) $(VENV)-train $(VENV)-perf .pytest_cache .mypy_cache .ruff_cache .model_repository.staging
+	rm -rf $(VENV) $(VENV)-train $(VENV)-perf $(VENV)-contenders .pytest_cache .mypy_cache .ruff_cache .model_repository.staging

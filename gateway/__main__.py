@@ -18,7 +18,8 @@ from gateway.settings import Settings
 def _settings_table() -> str:
     rows = []
     for name, field in Settings.model_fields.items():
-        rows.append(f"  GATEWAY_{name.upper():<20} {field.description} [{field.default}]")
+        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        rows.append(f"  GATEWAY_{name.upper():<22} {field.description} [{default}]")
     return "environment:\n" + "\n".join(rows)
 
 

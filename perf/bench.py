@@ -8,272 +8,212 @@ every round says so.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections import defaultdict
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from export.repository import Repository
-from perf import analyzer
+from contract import Manifest
+from export.config import Serving
+from export.exam import Rules
+from export.release import Examiner
+from export.repository import Repository, RepositoryError
+from export.steps import Step
+from perf import analyzer, pictures, plot, targets
 from perf.analyzer import PerfError
 from perf.contenders import limit
+from perf.load import Bodies, Load, Run, wrk
+from perf.services import BASE, BENTOML, LITSERVE, MOSEC, PLAIN, STACK, TUNED, listening, require
+from perf.targets import BARE, INT8, LIMIT, REDUCED_DECODE, TARGETS, TRITON, Target
 from triton_runtime.installation import Missing
-from triton_runtime.server import Endpoint, TritonFailed, TritonServer
+from triton_runtime.server import TritonFailed
 from triton_runtime.signals import Stopped, unwind_on_signals
-from triton_runtime.stack import ROOT, SAMPLE, Child, Gateway, free_endpoint, free_port
+from triton_runtime.stack import ROOT
 
-LIMIT, STACK, TRITON, TUNED, PLAIN = "limit", "stack", "triton", "app, tuned", "app, plain"
-TARGETS = (
-    (STACK, LIMIT, (16, 64), 0.90),
-    (STACK, TUNED, (16, 64), 0.92),
-    (STACK, PLAIN, (16, 64), 1.0),
-    (STACK, TRITON, (16,), 0.95),
-)
-"""Contender, what it is held against, at these connections, and the least share of its throughput."""
+CONTENDERS = {
+    "limit": LIMIT,
+    "bare": BARE,
+    "stack": STACK,
+    "triton": TRITON,
+    "tuned": TUNED,
+    "plain": PLAIN,
+    "litserve": LITSERVE,
+    "bentoml": BENTOML,
+    "mosec": MOSEC,
+}
+"""By the name on the command line."""
+ALL = "all"
+OURS = [name for name in CONTENDERS if name not in ("litserve", "bentoml", "mosec")]
 
 _EPILOG = """contenders:
-  limit        a process a core that prepares pictures and runs the model, and nothing else, at the best batch size
-  stack        gateway and Triton, as make serve starts them, over HTTP (wrk)
-  triton       the release alone, over gRPC (perf_analyzer)
-  app, tuned   FastAPI with ONNX Runtime in its process: our preprocessing, a thread a core, no spinning
-  app, plain   the same as one writes it first: default session, full decode
+  limit      a process a core that prepares pictures and runs the model, and nothing else, at the best batch size
+  bare       one such process, one picture after the other: what a request costs (at one connection)
+  stack      gateway and Triton, as make serve starts them, over HTTP (wrk)
+  triton     the release alone, over gRPC (perf_analyzer)
+  tuned      FastAPI with ONNX Runtime in its process: our preprocessing, a thread a core, no spinning
+  plain      the same as one writes it first: default session, full decode
+  litserve, bentoml, mosec
+             the same work in each of them (make contenders)
+
+comparisons within the stack, in turns like everything else:
+  --pictures-of 12mp   beside the same release decoding at full size
+  --base RELEASE       beside another release; the target is int8's
 
 Needs wrk (Debian: apt-get install wrk) and perf_analyzer (make perf-tools).
 """
 
 
 @dataclass(frozen=True)
-class Run:
-    """One contender in one round: requests a second, milliseconds, and processor milliseconds a request by process."""
+class Plan:
+    """What is measured, and for how long.
 
-    contender: str
-    connections: int
-    round: int
-    throughput: float
-    p50: float = float("nan")
-    p99: float = float("nan")
-    failed: int = 0
-    cpu_ms: dict[str, float] | None = None
-    memory_mib: float = float("nan")
-
-
-class Service:
-    """A contender that listens: its address, and the processes that are its."""
-
-    def __init__(self, url: str, processes: dict[str, psutil.Process]) -> None:
-        self.url = url
-        self._processes = processes
-
-    def cpu_seconds(self) -> dict[str, float]:
-        """Processor time until now, by part."""
-        spent: dict[str, float] = defaultdict(float)
-        for part, process in self._parts():
-            with contextlib.suppress(psutil.Error):
-                times = process.cpu_times()
-                spent[part] += times.user + times.system
-        return spent
-
-    def memory_mib(self) -> float:
-        """Memory that would be free again without it: what is shared with others is not counted."""
-        total = 0
-        for _, process in self._parts():
-            with contextlib.suppress(psutil.Error):
-                total += process.memory_full_info().uss
-        return total / 2**20
-
-    def _parts(self) -> Iterator[tuple[str, psutil.Process]]:
-        for part, process in self._processes.items():
-            yield part, process
-            for child in process.children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    line = " ".join(child.cmdline())
-                    steps = [step for step in ("preprocess", "classifier", "postprocess") if f"_{step}/" in line]
-                    yield (steps or [part])[0], child
-
-
-def wrk(service: Service, contender: str, connections: int, number: int, pictures: list[Path], options: Options) -> Run:
-    """Load a service with wrk.
-
-    Raises:
-        PerfError: wrk did not finish.
+    Args:
+        repository: what the stack serves.
+        release: whose files the other contenders use.
+        pins: the releases that the stack is asked for, by contender; empty: whichever the routing says.
+        contenders: the names of those that take part.
+        loads: in the order in which each round goes through them.
+        pictures: JPEG files.
+        seconds: of one measurement.
+        rounds: how often everything is measured.
     """
-    environment = {**os.environ, "BENCH_PICTURES": ":".join(map(str, pictures)), "BENCH_FORM": options.form}
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{options.seconds:g}s", "--timeout", "30s"]
-    command += ["-s", str(ROOT / "perf/wrk.lua"), f"{service.url}/v1/predict"]
-    before = service.cpu_seconds()
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    after = service.cpu_seconds()
-    if run.returncode:
-        raise PerfError(f"wrk failed on {contender}: {(run.stdout + run.stderr).strip().splitlines()[-1:]}")
-    figures = json.loads(run.stdout.strip().splitlines()[-1])
-    requests = max(1, figures["requests"])
-    return Run(
-        contender,
-        connections,
-        number,
-        throughput=figures["requests"] / figures["seconds"],
-        p50=figures["p50"],
-        p99=figures["p99"],
-        failed=figures["failed"],
-        cpu_ms={part: 1e3 * (after[part] - before[part]) / requests for part in after},
-        memory_mib=service.memory_mib(),
-    )
 
-
-@dataclass(frozen=True)
-class Options:
-    """What is measured, and for how long."""
-
-    seconds: float
+    repository: Path
+    release: Manifest
+    pins: dict[str, str]
+    contenders: list[str]
+    loads: list[Load]
+    pictures: list[Path]
+    seconds: int
     rounds: int
-    connections: list[int]
-    form: str
 
 
-@contextlib.contextmanager
-def services(repository: Path, steps: dict[str, Path]) -> Iterator[tuple[dict[str, Service], Endpoint]]:
-    """Everything that listens, for the length of this block."""
-    endpoint = free_endpoint()
-    files = [str(steps["preprocess"] / "preprocessing.py"), str(steps["classifier"] / "model.onnx")]
-    with contextlib.ExitStack() as running:
-        triton = running.enter_context(TritonServer(repository, endpoint))
-        triton.wait_until_ready()
-        gateway = running.enter_context(Gateway(endpoint, "127.0.0.1", free_port(), log_level="error"))
-        gateway.predict(SAMPLE, timeout=60)
-        parts = {"gateway": psutil.Process(gateway.process.pid), "triton": psutil.Process(triton.process.pid)}
-        found = {STACK: Service(gateway.url, parts)}
-        for name, kind in ((TUNED, "tuned"), (PLAIN, "plain")):
-            port = free_port()
-            child = running.enter_context(Child("perf.contenders.inprocess", kind, *files, str(port)))
-            found[name] = Service(f"http://127.0.0.1:{port}", {"app": psutil.Process(child.process.pid)})
-            _wait_for(found[name].url)
-        yield found, endpoint
-
-
-def _wait_for(url: str) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            urllib.request.urlopen(f"{url}/openapi.json", timeout=1)
-            return
-        except urllib.error.HTTPError:
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise PerfError(f"{url} does not answer") from None
-            time.sleep(0.1)
-
-
-def bench(repository: Path, pictures: list[Path], options: Options, say: Callable[[str], None]) -> list[Run]:
+def bench(plan: Plan, say: Callable[[str], None]) -> list[Run]:
     """Every contender, in turns.
 
     Raises:
         PerfError, TritonFailed, Missing: a part is missing or failed; the message says which.
     """
-    if not shutil.which("wrk"):
-        raise PerfError("wrk is missing: apt-get install wrk")
-    release = Repository(repository).releases("defect")[-1]
-    steps = {s: Repository(repository).step_folder("defect", s, pin.version) for s, pin in release.steps.items()}
-    files = (steps["preprocess"] / "preprocessing.py", steps["classifier"] / "model.onnx")
+    folders = {
+        step: Repository(plan.repository).step_folder(plan.release.pipeline, step, pin.version)
+        for step, pin in plan.release.steps.items()
+    }
+    files = (folders["preprocess"] / "preprocessing.py", folders["classifier"] / "model.onnx")
     runs: list[Run] = []
-    with services(repository, steps) as (found, endpoint):
-        rates = {}
-        for batch in (1, 2, 4, 8):
-            say(f"the limit: batch {batch}")
-            rates[batch] = limit.measure(*files, pictures, batch=batch, seconds=options.seconds)
-        best = max(rates, key=rates.__getitem__)
-        for number in range(options.rounds):
-            for connections in options.connections:
-                say(f"round {number + 1} of {options.rounds}, {connections} connections")
-                rate = limit.measure(*files, pictures, batch=best, seconds=options.seconds)
-                runs.append(Run(LIMIT, connections, number, rate))
-                for name, service in found.items():
-                    runs.append(wrk(service, name, connections, number, pictures, options))
-                (measured,) = analyzer.measure(
-                    release.name, endpoint.grpc_url, pictures, [connections], interval_ms=int(options.seconds * 333)
-                )
-                figures = (measured.throughput, measured.p50, measured.p99)
-                runs.append(Run(TRITON, connections, number, *figures))
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as scratch,
+        listening(plan.contenders, plan.repository, *files, plan.pins) as (services, triton),
+    ):
+        bodies = {form: Bodies.of(form, plan.pictures, Path(scratch)) for form in {load.form for load in plan.loads}}
+        batch = _best_batch(plan, files, say) if LIMIT in plan.contenders else 0
+        for number in range(plan.rounds):
+            for load in plan.loads:
+                say(f"round {number + 1} of {plan.rounds}, {load}")
+                if LIMIT in plan.contenders:
+                    rate = limit.measure(*files, plan.pictures, batch=batch, seconds=plan.seconds)
+                    runs.append(Run(LIMIT, load, number, rate))
+                if BARE in plan.contenders and load.connections == 1:
+                    cost = limit.bare(*files, plan.pictures, seconds=plan.seconds)
+                    runs.append(Run(BARE, load, number, 1e3 / cost, p50=cost))
+                for name, service in services.items():
+                    runs.append(wrk(service, name, load, number, bodies[load.form], plan.seconds))
+                if TRITON in plan.contenders:
+                    runs.append(_triton(plan, triton.grpc_url, load, number))
     return runs
 
 
-def ratios(runs: list[Run], contender: str, against: str, connections: int) -> list[float]:
-    """Throughput as a share of another's, round by round."""
-    rate = {(r.contender, r.round): r.throughput for r in runs if r.connections == connections}
-    return [rate[contender, r.round] / rate[against, r.round] for r in runs
-            if r.contender == contender and r.connections == connections]  # fmt: skip
+def _best_batch(plan: Plan, files: tuple[Path, Path], say: Callable[[str], None]) -> int:
+    rates = {}
+    for batch in (1, 2, 4, 8):
+        say(f"the limit: batch {batch}")
+        rates[batch] = limit.measure(*files, plan.pictures, batch=batch, seconds=plan.seconds)
+    return max(rates, key=rates.__getitem__)
 
 
-def verdict(values: list[float], least: float) -> str:
-    """Met or missed where every round says so, else inconclusive."""
-    if min(values) >= least:
-        return "met"
-    return "missed" if max(values) < least else "inconclusive"
+def _triton(plan: Plan, url: str, load: Load, number: int) -> Run:
+    interval = int(plan.seconds * 333)
+    (measured,) = analyzer.measure(plan.release.name, url, plan.pictures, [load.connections], interval_ms=interval)
+    return Run(TRITON, load, number, measured.throughput, measured.p50, measured.p99)
+
+
+def publish_full_decode(repository: Repository, release: Manifest, say: Callable[[str], None]) -> str:
+    """Publish the release once more with JPEGs decoded at full size; returns the new one's name.
+
+    Raises:
+        PerfError: its preprocessing does not decode at a reduced size.
+    """
+    reduced = b"picture.draft(None, (size, size))"
+    step = Step.read(repository.step_folder(release.pipeline, "preprocess", release.steps["preprocess"].version))
+    if step is None or step.files["preprocessing.py"].count(reduced) != 1:
+        raise PerfError(f"the preprocessing of {release.name} has no line {reduced.decode()!r} to take out")
+    number = 1 + repository.versions(release.pipeline, "preprocess")[-1]
+    folder = repository.step_folder(release.pipeline, "preprocess", number)
+    folder.mkdir()
+    for name, content in step.files.items():
+        (folder / name).write_bytes(content.replace(reduced, b"pass"))
+    rules = Rules.read(ROOT / "export" / "exam.toml")
+    serving = Serving.read(ROOT / "export" / "serving.toml")
+    examiner = Examiner(repository, serving, rules, force=True)  # it costs more, which is the point
+    return examiner.release_drop(release.pipeline, {"preprocess": number}, say).manifest.name
 
 
 def tables(runs: list[Run]) -> Iterator[Table]:
-    """Medians over the rounds, one table a number of connections; then the targets."""
-    for connections in sorted({run.connections for run in runs}):
-        here = [run for run in runs if run.connections == connections]
-        table = Table(title=f"{connections} connections", title_justify="left")
+    """Medians over the rounds, a table a load."""
+    for load in dict.fromkeys(run.load for run in runs):
+        here = [run for run in runs if run.load == load]
+        table = Table(title=str(load), title_justify="left")
         for header in ("", "req/s", "range", "limit", "p50 ms", "p99 ms", "failed", "MiB"):
             table.add_column(header, justify="left" if not header else "right", no_wrap=True)
         for contender in dict.fromkeys(run.contender for run in here):
             mine = [run for run in here if run.contender == contender]
             rates = [run.throughput for run in mine]
-            share = statistics.median(ratios(runs, contender, LIMIT, connections))
+            shares = Target(contender, LIMIT, (), 0).values(runs, load)
             table.add_row(
                 contender,
                 f"{statistics.median(rates):.1f}",
                 f"{min(rates):.0f}-{max(rates):.0f}",
-                f"{share:.2f}",
+                f"{statistics.median(shares):.2f}" if shares else "",
                 *(_median(mine, name, 1) for name in ("p50", "p99")),
                 str(sum(run.failed for run in mine)),
                 _median(mine, "memory_mib", 0),
             )
         yield table
-        stack = [run.cpu_ms for run in here if run.contender == STACK and run.cpu_ms]
-        cpu = Table(title=f"processor milliseconds a request, stack, {connections} connections", title_justify="left")
-        for part in stack[0]:
-            cpu.add_column(part, justify="right")
-        cpu.add_row(*(f"{statistics.median(each[part] for each in stack):.2f}" for part in stack[0]))
-        yield cpu
-    targets = Table(title="targets", title_justify="left")
-    for header in ("", "connections", "at least", "median", "range", ""):
-        targets.add_column(header)
-    present = {run.connections for run in runs}
-    for contender, against, levels, least in TARGETS:
-        for connections in sorted(present & set(levels)):
-            values = ratios(runs, contender, against, connections)
-            targets.add_row(
-                f"{contender} / {against}",
-                str(connections),
-                f"{least:.2f}",
-                f"{statistics.median(values):.2f}",
-                f"{min(values):.2f}-{max(values):.2f}",
-                verdict(values, least),
-            )
-    yield targets
+        if stack := [run.cpu_ms for run in here if run.contender == STACK and run.cpu_ms]:
+            cpu = Table(title=f"processor milliseconds a request, stack, {load}", title_justify="left")
+            for part in stack[0]:
+                cpu.add_column(part, justify="right")
+            cpu.add_row(*(f"{statistics.median(each[part] for each in stack):.2f}" for part in stack[0]))
+            yield cpu
 
 
 def _median(runs: list[Run], name: str, digits: int) -> str:
     value = statistics.median(getattr(run, name) for run in runs)
     return "" if value != value else f"{value:.{digits}f}"
+
+
+def charts(runs: list[Run]) -> list[plot.Chart]:
+    """Throughput and the 99th percentile over the connections, for each form of the bodies."""
+    result = []
+    for form in dict.fromkeys(run.load.form for run in runs):
+        for figure, title in (("throughput", "requests a second"), ("p99", "99th percentile, ms")):
+            lines: dict[str, list[tuple[float, float]]] = {}
+            steps = sorted({run.load.connections for run in runs})
+            for contender in dict.fromkeys(run.contender for run in runs):
+                for connections in steps:
+                    values = [getattr(run, figure) for run in runs
+                              if run.contender == contender and run.load == Load(connections, form)]  # fmt: skip
+                    if values and (value := statistics.median(values)) == value:
+                        lines.setdefault(contender, []).append((connections, value))
+            result.append(plot.Chart(f"{title}, {form}", "connections", lines, steps))
+    return result
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -285,34 +225,71 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parse.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: model_repository")
+    parse.add_argument("--contenders", nargs="+", choices=[*CONTENDERS, ALL], default=OURS, help="default: our own")
     parse.add_argument("--pictures", type=Path, default=ROOT / "examples", help="folder of JPEGs (default: examples)")
-    parse.add_argument("--seconds", type=float, default=5.0, help="of one measurement (default: 5)")
-    parse.add_argument("--rounds", type=int, default=3, help="default: 3")
+    parse.add_argument("--pictures-of", choices=pictures.KINDS, default="given", help="sizes (default: as given)")
+    parse.add_argument("--form", choices=["raw", "json"], nargs="+", default=["raw"], help="of bodies (default: raw)")
+    parse.add_argument("--release", help="default: the newest")
+    parse.add_argument("--base", metavar="RELEASE", help="another release, for comparison")
     parse.add_argument("--connections", type=int, nargs="+", default=[1, 4, 16, 64], help="default: 1 4 16 64")
-    parse.add_argument("--form", choices=["raw", "json"], default="raw", help="how pictures are sent (default: raw)")
-    parse.add_argument("--json", type=Path, default=ROOT / "perf/results/bench.json", help="default: perf/results/")
+    parse.add_argument("--seconds", type=int, default=5, help="of one measurement (default: 5)")
+    parse.add_argument("--rounds", type=int, default=3, help="default: 3")
+    parse.add_argument("--results", type=Path, default=ROOT / "perf/results/bench", help="default: perf/results/bench")
     options = parse.parse_args(arguments)
+    if options.base and options.pictures_of == "12mp":
+        parse.error("--pictures-of 12mp has a base of its own")
     unwind_on_signals()
     console = Console()
-    pictures = sorted(options.pictures.rglob("*.jpg"))[:64]
     try:
-        if not pictures:
-            raise PerfError(f"{options.pictures} holds no JPEGs")
-        plan = Options(options.seconds, options.rounds, options.connections, options.form)
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        with Progress(console=Console(stderr=True), transient=True) as progress, tempfile.TemporaryDirectory() as name:
             task = progress.add_task("starting", total=None)
-            runs = bench(options.repository, pictures, plan, lambda what: progress.update(task, description=what))
-    except (PerfError, Missing, TritonFailed, OSError) as error:
+            held_against, runs = _measure(options, Path(name), lambda what: progress.update(task, description=what))
+    except (PerfError, RepositoryError, Missing, TritonFailed, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     except Stopped:
         return 1
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n")
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    figures, drawn = (options.results.with_suffix(suffix) for suffix in (".json", ".svg"))
+    figures.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n")
+    drawn.write_text(plot.svg(charts(runs)))
     for table in tables(runs):
         console.print(table)
-    console.print(f"figures: {options.json}", markup=False, soft_wrap=True)
+    console.print(targets.table(runs, held_against))
+    console.print(f"figures: {figures}, {drawn}", markup=False, soft_wrap=True)
     return 0
+
+
+def _measure(
+    options: argparse.Namespace, scratch: Path, say: Callable[[str], None]
+) -> tuple[tuple[Target, ...], list[Run]]:
+    """What the options ask for, and what it is held against."""
+    contenders = [CONTENDERS[name] for name in (CONTENDERS if ALL in options.contenders else options.contenders)]
+    require(contenders)
+    found = sorted(options.pictures.rglob("*.jpg"))[:64]
+    if not found:
+        raise PerfError(f"{options.pictures} holds no JPEGs")
+    root, held_against, base = options.repository, TARGETS, options.base
+    release = Repository(root).release(options.release) if options.release else Repository(root).releases("defect")[-1]
+    if options.pictures_of == "12mp":
+        root = Path(shutil.copytree(root, scratch / "model_repository"))
+        base = publish_full_decode(Repository(root), release, say)
+        held_against = REDUCED_DECODE
+    elif base:
+        Repository(root).release(base)
+        held_against = (*INT8, *TARGETS)
+    pins = {STACK: release.name} if base or options.release else {}
+    plan = Plan(
+        repository=root,
+        release=release,
+        pins=pins | ({BASE: base} if base else {}),
+        contenders=contenders + ([BASE] if base else []),
+        loads=[Load(connections, form) for form in options.form for connections in options.connections],
+        pictures=pictures.KINDS[options.pictures_of](found, scratch),
+        seconds=options.seconds,
+        rounds=options.rounds,
+    )
+    return held_against, bench(plan, say)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Resolves the extras of pyproject.toml into the lock files beside this file (`make lock`).
 
-One file an environment: what the tests need, each image, training, the load generator. No file names where
-packages come from; hashes say what they are. Training has none: PyTorch is published in several builds.
+One file an environment: what the tests need, each image, training, the load generator, other servers. No file names
+where packages come from; hashes say what they are. Training has none: PyTorch is published in several builds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ LOCKS = {
     "steps": "3.10",
     "export": "3.11",
     "perf": "3.11",
+    "contenders": "3.11",
     "train": "3.11",
 }
 """Extra -> Python of the environment. The steps run on the Python of NVIDIA's image."""

@@ -17,6 +17,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
@@ -214,9 +215,13 @@ class TritonServer:
                 os.killpg(self.process.pid, signal.SIGKILL)  # it leads its group: stubs that outlived it
                 self.process.poll()
                 time.sleep(0.02)
-        for segment in SHARED_MEMORY_FOLDER.glob(f"{self._prefix}*"):
+        for segment in self.shared_memory():
             segment.unlink(missing_ok=True)
         self._folder.cleanup()
+
+    def shared_memory(self) -> Iterator[Path]:
+        """The files through which the server talks to its Python steps."""
+        yield from SHARED_MEMORY_FOLDER.glob(f"{self._prefix}*")
 
 
 def die_with_parent() -> None:

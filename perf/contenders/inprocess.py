@@ -1,4 +1,4 @@
-"""FastAPI with ONNX Runtime in its own process: `python -m perf.contenders.inprocess plain|tuned`.
+"""FastAPI with ONNX Runtime in its own process: `python -m perf.contenders.inprocess plain|tuned PORT`.
 
 `plain` is how one writes it at first: default session, Pillow's full decode, the work in FastAPI's thread pool.
 `tuned` is what careful work makes of it: this project's preprocessing, one thread a call without spinning, as many
@@ -8,12 +8,9 @@ calls at once as there are cores. Both take the picture as the body, or JSON wit
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
-import json
 import os
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,8 +20,7 @@ from fastapi import FastAPI, Request
 from PIL import Image
 from pydantic import BaseModel
 
-from export.steps import load_module
-from perf.contenders.limit import session
+from perf.contenders.work import CORES, Work, load_preprocess, picture_of
 
 
 class Answer(BaseModel):
@@ -38,24 +34,17 @@ class Answer(BaseModel):
 def create_app(kind: str, preprocessing: Path, model: Path) -> FastAPI:
     """The app; `kind` is plain or tuned."""
     tuned = kind == "tuned"
-    run = session(model, 1 if tuned else None)
-    size = run.get_inputs()[0].shape[1]
-    labels = run.get_modelmeta().custom_metadata_map["labels"].split("\n")
-    preprocess: Callable[[bytes, int], np.ndarray] = load_module(preprocessing).preprocess if tuned else _full_decode
-    pool = ThreadPoolExecutor(os.cpu_count() if tuned else None)
+    work = Work(load_preprocess(preprocessing), model) if tuned else Work(_full_decode, model, threads=None)
+    pool = ThreadPoolExecutor(CORES if tuned else None)
 
     def judge(data: bytes) -> Answer:
-        (row,) = run.run(["PROBABILITIES"], {"PIXELS": preprocess(data, size)[None]})[0].tolist()
-        best = max(range(len(labels)), key=row.__getitem__)
-        return Answer(label=labels[best], confidence=row[best], scores=dict(zip(labels, row, strict=True)))
+        return Answer(**work.answers([data])[0])
 
     app = FastAPI()
 
     @app.post("/v1/predict")
     async def predict(request: Request) -> Answer:
-        data = await request.body()
-        if request.headers["content-type"] == "application/json":
-            data = base64.b64decode(json.loads(data)["image"])
+        data = picture_of(await request.body(), request.headers["content-type"])
         return await asyncio.get_running_loop().run_in_executor(pool, judge, data)
 
     return app
@@ -67,8 +56,8 @@ def _full_decode(data: bytes, size: int) -> np.ndarray:
 
 def main() -> None:
     """Serve on a port of the loopback interface."""
-    kind, preprocessing, model, port = sys.argv[1:]
-    app = create_app(kind, Path(preprocessing), Path(model))
+    kind, port = sys.argv[1:]
+    app = create_app(kind, Path(os.environ["PREPROCESSING"]), Path(os.environ["MODEL"]))
     uvicorn.run(app, host="127.0.0.1", port=int(port), log_level="error", access_log=False)
 
 

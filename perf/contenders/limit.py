@@ -1,63 +1,71 @@
 """The limit: processes that do nothing but prepare pictures and run the model. No server, no protocol, no waiting.
 
-`python -m perf.contenders.limit --seconds 5 --batch 4 RELEASE_FOLDERS... PICTURES` prints pictures a second.
+`python -m perf.contenders.limit --seconds 5 --batch 4 PREPROCESSING MODEL PICTURES...` prints pictures a second.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import os
+import statistics
 import time
 from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
+from perf.contenders.work import CORES, Work, load_preprocess
 
-from export.steps import load_module
-
-
-def session(model: Path, threads: int | None = 1) -> onnxruntime.InferenceSession:
-    """The model on the processor; `threads` None leaves every default as a newcomer finds it."""
-    options = onnxruntime.SessionOptions()
-    if threads:
-        options.intra_op_num_threads = options.inter_op_num_threads = threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+_Job = tuple[Path, Path, list[Path], int, float]
+_start: Barrier
+"""Of this process of a pool: where it waits until all of them have loaded the model and warmed up."""
 
 
-def _work(job: tuple[Path, Path, list[Path], int, float, float]) -> tuple[int, float]:
-    """One process: pictures done between the common start and `seconds` later, and its processor time."""
-    preprocessing, model, paths, batch, start, seconds = job
-    preprocess = load_module(preprocessing).preprocess
-    run = session(model)
-    size = run.get_inputs()[0].shape[1]
+def _initialize(start: Barrier) -> None:
+    global _start
+    _start = start
+
+
+def _work(job: _Job) -> list[float]:
+    """One process: how long each batch took, in seconds, for `seconds` after the common start."""
+    preprocessing, model, paths, batch, seconds = job
+    work = Work(load_preprocess(preprocessing), model)
     pictures = itertools.cycle([path.read_bytes() for path in paths])
 
-    def step() -> None:
-        pixels = np.stack([preprocess(next(pictures), size) for _ in range(batch)])
-        run.run(["PROBABILITIES"], {"PIXELS": pixels})
+    def step() -> float:
+        began = time.perf_counter()
+        work.probabilities([next(pictures) for _ in range(batch)])
+        return time.perf_counter() - began
 
     for _ in range(3):
         step()
-    time.sleep(max(0.0, start - time.time()))
-    done, spent = 0, time.process_time()
-    while time.time() < start + seconds:
-        step()
-        done += batch
-    return done, time.process_time() - spent
+    _start.wait(60)
+    durations, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        durations.append(step())
+    return durations
+
+
+def _run(
+    preprocessing: Path, model: Path, pictures: list[Path], batch: int, seconds: float, processes: int
+) -> list[list[float]]:
+    context = get_context("spawn")
+    with context.Pool(processes, _initialize, (context.Barrier(processes),)) as pool:
+        jobs = [(preprocessing, model, pictures[i:] + pictures[:i], batch, seconds) for i in range(processes)]
+        return pool.map(_work, jobs, chunksize=1)
 
 
 def measure(
-    preprocessing: Path, model: Path, pictures: list[Path], *, batch: int, seconds: float, processes: int | None = None
+    preprocessing: Path, model: Path, pictures: list[Path], *, batch: int, seconds: float, processes: int = CORES
 ) -> float:
     """Pictures a second of one process a core, each preparing and running `batch` pictures at a time."""
-    count = processes or os.cpu_count() or 1
-    with get_context("spawn").Pool(count) as pool:
-        start = time.time() + 4.0
-        jobs = [(preprocessing, model, pictures[i:] + pictures[:i], batch, start, seconds) for i in range(count)]
-        return sum(done for done, _ in pool.map(_work, jobs)) / seconds
+    batches = _run(preprocessing, model, pictures, batch, seconds, processes)
+    return sum(map(len, batches)) * batch / seconds
+
+
+def bare(preprocessing: Path, model: Path, pictures: list[Path], *, seconds: float) -> float:
+    """Median milliseconds of one picture, prepared and judged alone in one process, one after the other."""
+    (durations,) = _run(preprocessing, model, pictures, 1, seconds, 1)
+    return 1e3 * statistics.median(durations)
 
 
 def main() -> None:

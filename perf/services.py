@@ -1,0 +1,219 @@
+"""The contenders that listen: started, waited for, looked at from outside, and stopped.
+
+Only one is measured at a time, and those that wait must not cost it anything: LitServe's workers, for one, ask for
+requests all the time. So an app stands still, as by SIGSTOP, except while it is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from perf.analyzer import PerfError
+from perf.contenders.work import environment
+from triton_runtime.server import Endpoint, TritonServer, die_with_parent
+from triton_runtime.stack import ROOT, SAMPLE, Gateway, free_endpoint, free_port
+
+STACK, BASE = "stack", "stack, base"
+TUNED, PLAIN, LITSERVE, BENTOML, MOSEC = "app, tuned", "app, plain", "litserve", "bentoml", "mosec"
+PYTHON = ROOT / ".venv-contenders" / "bin" / "python"
+"""Of the environment with LitServe, BentoML and mosec."""
+
+_COMMANDS = {
+    TUNED: [sys.executable, "-m", "perf.contenders.inprocess", "tuned", "{port}"],
+    PLAIN: [sys.executable, "-m", "perf.contenders.inprocess", "plain", "{port}"],
+    LITSERVE: [str(PYTHON), "-m", "perf.contenders.litserve_app", "{port}"],
+    BENTOML: [
+        *(str(PYTHON), "-m", "bentoml", "serve", "perf.contenders.bentoml_app:Contender"),
+        *("--host", "127.0.0.1", "--port", "{port}"),
+    ],
+    MOSEC: [str(PYTHON), "-m", "perf.contenders.mosec_app", "--address", "127.0.0.1", "--port", "{port}"],
+}
+_PATIENCE_S = 60.0
+
+
+class Service:
+    """A contender that listens: where it predicts, and the processes that are its."""
+
+    def __init__(self, url: str, processes: Mapping[str, psutil.Process]) -> None:
+        self.url = url
+        self._processes = processes
+
+    def asking(self, release: str) -> Service:
+        """The same, with every request pinned to a release."""
+        return Service(f"{self.url}?model_version={release}", self._processes)
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """For the length of this block it runs; what stands still otherwise stands still again afterwards."""
+        yield
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """Processor time until now, by part."""
+        spent: dict[str, float] = defaultdict(float)
+        for part, process in self.parts():
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                spent[part] += times.user + times.system
+        return spent
+
+    def memory_mib(self) -> float:
+        """Memory that would be free again without it: what is shared with others is not counted."""
+        total = 0
+        for _, process in self.parts():
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().uss
+        return total / 2**20
+
+    def parts(self) -> Iterator[tuple[str, psutil.Process]]:
+        """Its processes, each with the part that it is of: a step has several."""
+        for part, process in self._processes.items():
+            yield part, process
+            for child in process.children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    line = " ".join(child.cmdline())
+                    steps = [step for step in ("preprocess", "classifier", "postprocess") if f"_{step}/" in line]
+                    yield (steps or [part])[0], child
+
+
+class App(Service):
+    """One that stands still until it is measured."""
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """See `Service`."""
+        self.resume()
+        yield
+        self.suspend()
+
+    def suspend(self) -> None:
+        """Stop every process where it is."""
+        for _, process in self.parts():
+            process.suspend()
+
+    def resume(self) -> None:
+        """Let them go on."""
+        for _, process in self.parts():
+            process.resume()
+
+
+@contextlib.contextmanager
+def stack(repository: Path) -> Iterator[tuple[Service, TritonServer]]:
+    """Gateway and Triton as `make serve` starts them, on ports of their own, answering."""
+    with TritonServer(repository, free_endpoint()) as triton:
+        triton.wait_until_ready()
+        with Gateway(triton.endpoint, "127.0.0.1", free_port(), log_level="error") as gateway:
+            gateway.predict(SAMPLE, _PATIENCE_S)
+            parts = {"gateway": psutil.Process(gateway.process.pid), "triton": psutil.Process(triton.process.pid)}
+            yield Service(f"{gateway.url}/v1/predict", parts), triton
+
+
+@contextlib.contextmanager
+def app(name: str, preprocessing: Path, model: Path) -> Iterator[App]:
+    """One of the other ways to serve, seen to answer, and suspended.
+
+    Raises:
+        PerfError: it does not answer; the message has its last words.
+    """
+    port = free_port()
+    command = [word.format(port=port) for word in _COMMANDS[name]]
+    with tempfile.TemporaryDirectory(prefix="contender-") as folder:
+        variables = {**os.environ, **environment(preprocessing, model), "PYTHONDONTWRITEBYTECODE": "1"}
+        variables |= {"BENTOML_HOME": folder, "BENTOML_DO_NOT_TRACK": "True"}
+        log = Path(folder, "log")
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command, env=variables, cwd=ROOT, stdout=output, stderr=output, preexec_fn=die_with_parent
+            )
+        service = App(f"http://127.0.0.1:{port}/v1/predict", {name: psutil.Process(process.pid)})
+        try:
+            try:
+                wait_for_answer(service.url)
+            except PerfError as error:
+                raise PerfError(f"{name}: {error}; its last words: {log.read_text()[-300:]!r}") from None
+            service.suspend()
+            yield service
+        finally:
+            _stop(process, service)
+
+
+def require(names: Iterable[str]) -> None:
+    """Raise `PerfError` where what the named contenders need is not installed; the message says what to do."""
+    listening = [name for name in names if name in (STACK, *_COMMANDS)]
+    if listening and not shutil.which("wrk"):
+        raise PerfError("wrk is missing: apt-get install wrk")
+    if missing := [name for name in listening if name in _COMMANDS and not Path(_COMMANDS[name][0]).exists()]:
+        raise PerfError(f"{', '.join(missing)}: not installed, run 'make contenders'")
+
+
+def wait_for_answer(url: str) -> dict:
+    """The first answer to a picture.
+
+    Raises:
+        PerfError: there was none in time.
+    """
+    request = urllib.request.Request(url, SAMPLE.read_bytes(), {"Content-Type": "image/jpeg"})
+    deadline, last = time.monotonic() + _PATIENCE_S, ""
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                answer = json.load(response)
+                return dict(answer[0] if isinstance(answer, list) else answer)
+        except urllib.error.HTTPError as error:
+            last = f"{error.code} {error.read(200)!r}"
+        except OSError as error:
+            last = str(error)
+        time.sleep(0.2)
+    raise PerfError(f"{url} does not answer: {last}")
+
+
+def _stop(process: subprocess.Popen, service: App) -> None:
+    """End it and whatever it started: not all of them take their workers along."""
+    everything = [each for _, each in service.parts()]
+    service.resume()
+    process.send_signal(signal.SIGTERM)
+    _, left = psutil.wait_procs(everything, timeout=5)
+    for each in left:
+        with contextlib.suppress(psutil.Error):
+            each.kill()
+    psutil.wait_procs(left, timeout=5)
+    process.wait()
+
+
+@contextlib.contextmanager
+def listening(
+    names: Sequence[str], repository: Path, preprocessing: Path, model: Path, pins: Mapping[str, str]
+) -> Iterator[tuple[dict[str, Service], Endpoint]]:
+    """The stack and the named apps, for the length of this block.
+
+    Args:
+        names: contenders; those that do not listen are left out.
+        repository: what the stack serves.
+        preprocessing: the preprocessing.py of the apps.
+        model: their model.onnx.
+        pins: the release that the stack is asked for as STACK and as BASE; empty: whichever the routing says.
+    """
+    with contextlib.ExitStack() as running:
+        whole, triton = running.enter_context(stack(repository))
+        found = {STACK: whole}
+        for name, release in pins.items():
+            found[name] = whole.asking(release)
+            wait_for_answer(found[name].url)
+        for name in _COMMANDS:
+            if name in names:
+                found[name] = running.enter_context(app(name, preprocessing, model))
+        yield {name: service for name, service in found.items() if name in names}, triton.endpoint
