@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 DATA ?= ../shared/data/parcels
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve rollback test lint export openapi train perf perf-drops perf-tools bench lock clean
+.PHONY: help setup serve rollback test lint export openapi train perf perf-drops perf-tools bench tune lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ perf: setup export perf-tools ## Run perf_analyzer on the newest release
 
 bench: setup export perf-tools ## Measure the stack beside the machine's limit and in-process apps (needs wrk)
 	@$(RUN) -m perf.bench $(if $(wildcard $(DATA)/valid),--pictures $(DATA)/valid)
+
+tune: setup export perf-tools ## Find the serving settings that are best on this machine (OPTIONS="--p99-ms 250 --write")
+	@$(RUN) -m perf.tune $(if $(wildcard $(DATA)/valid),--pictures $(DATA)/valid) $(OPTIONS)
 
 perf-drops: setup export ## Measure the time from a dropped version to its first answer
 	@$(RUN) -m perf.drops
