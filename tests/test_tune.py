@@ -64,6 +64,7 @@ def test_the_front_holds_what_nothing_beats_in_both() -> None:
     slow, quick, beaten = OTHERS
     trials = [trial(slow, [120], [220]), trial(quick, [90], [100]), trial(beaten, [110], [230])]
     assert [each.serving for each in front(trials, "p99")] == [quick, slow]
+    assert front([trial(beaten, [90], [210])], "p99") == [], "the present settings beat it"
 
 
 def test_the_budget_goes_before_throughput() -> None:

@@ -91,12 +91,13 @@ def ranked(trials: Iterable[Trial], budget: Budget) -> list[Trial]:
 
 
 def front(trials: Sequence[Trial], figure: Literal["p95", "p99"]) -> list[Trial]:
-    """The Pareto front: those that no other one beats in both throughput and latency, by rising throughput."""
+    """The Pareto front: those that neither another one nor the present settings beat in both, by rising throughput."""
     points = [(trial, trial.ratio("throughput").middle, trial.ratio(figure).middle) for trial in trials if trial.rounds]
+    all_points = [(1.0, 1.0), *((rate, latency) for _, rate, latency in points)]
     best = [
         (rate, trial)
         for trial, rate, latency in points
-        if not any(r >= rate and t <= latency and (r, t) != (rate, latency) for _, r, t in points)
+        if not any(r >= rate and t <= latency and (r, t) != (rate, latency) for r, t in all_points)
     ]
     return [trial for _, trial in sorted(best, key=lambda each: each[0])]
 

@@ -69,7 +69,10 @@ def plot(trials: Sequence[Trial], present: Serving, budget: Budget, winner: Serv
     points = [place(trial) for trial in measured]
     limit = [(base[0], budget.limit_ms)] if budget.limit_ms else []
     axes = _Axes([base, *points, *limit])
-    line = " ".join("{:.1f},{:.1f}".format(*axes.at(*place(trial))) for trial in front(measured, figure))
+    ends = [place(trial) for trial in front(measured, figure)]
+    if not any(rate >= base[0] and latency <= base[1] for rate, latency in ends):
+        ends = sorted([*ends, base])
+    line = " ".join("{:.1f},{:.1f}".format(*axes.at(*end)) for end in ends)
     parts = [axes.draw("requests a second", f"{figure}, milliseconds")]
     if budget.limit_ms:
         y = axes.at(base[0], budget.limit_ms)[1]
@@ -114,7 +117,8 @@ class _Axes:
         dot = (
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" class="{kind}"><title>{label}: {rate}, {latency}</title></circle>'
         )
-        return f'{dot}<text x="{x + 8:.1f}" y="{y - 6:.1f}" class="name">{label}</text>'
+        beside = f'x="{x + 8:.1f}"' if x < _WIDTH / 2 else f'x="{x - 8:.1f}" text-anchor="end"'
+        return f'{dot}<text {beside} y="{y - 6:.1f}" class="name">{label}</text>'
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
