@@ -54,7 +54,7 @@ def plot(trials: Sequence[Trial], present: Serving, budget: Budget, winner: Serv
     """Write an SVG: a point for each settings tried, the Pareto front as a line, the budget as another one.
 
     A point is the ratio to the present settings times what those reached over the whole run: the machine's ups and
-    downs are left out.
+    downs are left out. Its colour says whether it kept to the budget as it was measured, those included.
     """
     measured = [trial for trial in trials if trial.rounds]
     if not measured:
