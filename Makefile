@@ -5,7 +5,8 @@ RUN := $(VENV)/bin/python
 DATA ?= ../shared/data/parcels
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve rollback test lint export openapi train perf perf-drops perf-tools bench bench-contenders contenders soak lock clean
+.PHONY: help setup serve rollback test lint export openapi train perf perf-drops perf-tools
+.PHONY: bench bench-contenders contenders soak tune lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +70,9 @@ $(VENV)-contenders/.installed: requirements/contenders.lock
 
 soak: setup export ## Send 50,000 requests of every kind; does the memory of the stack stay flat?
 	@$(RUN) -m perf.soak $(if $(wildcard $(DATA)/valid),--pictures $(DATA)/valid)
+
+tune: setup export perf-tools ## Find the serving settings that are best on this machine (OPTIONS="--p99-ms 250 --write")
+	@$(RUN) -m perf.tune $(if $(wildcard $(DATA)/valid),--pictures $(DATA)/valid) $(OPTIONS)
 
 perf-drops: setup export ## Measure the time from a dropped version to its first answer
 	@$(RUN) -m perf.drops

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 import contract
-from export import candidate, diff, doctor, graph, quantize, release, retire, status, watch
+from export import candidate, diff, doctor, graph, half, quantize, release, retire, status, watch
 from export.release import Refused
 from export.repository import RepositoryError
 from export.spec import Spec
@@ -19,6 +20,7 @@ _EPILOG = """examples:
   python -m export --checkpoint runs/7                     another checkpoint (model.safetensors, card.json)
   python -m export --onnx fruit.onnx --spec fruit.toml     a model of your own -> <name in the spec>-v<n>
   python -m export --precision int8 --calibration photos   the same in eight-bit integers, as a release of its own
+  python -m export --precision fp16                        the same in half precision, for GPUs, likewise
   python -m export --to model.onnx                         the classifier alone, to be dropped into a repository
   python -m export release --classifier 4                  examine a dropped version, publish it if it passes
   python -m export watch                                   do that with whatever is dropped, for ever
@@ -42,7 +44,9 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--pipeline", default="defect", metavar="NAME", help="of a checkpoint (default: defect)")
     source.add_argument("--onnx", type=Path, metavar="FILE", help="a model of your own, with --spec")
     source.add_argument("--spec", type=Path, metavar="FILE", help="TOML: name, labels, input, output")
-    source.add_argument("--precision", choices=["fp32", "int8"], default="fp32", help="int8 needs --calibration")
+    source.add_argument(
+        "--precision", choices=["fp32", "fp16", "int8"], default="fp32", help="int8 needs --calibration"
+    )
     source.add_argument("--calibration", type=Path, metavar="DIR", help="pictures as in production, 100 or more")
     target = parse.add_argument_group("where to")
     target.add_argument("--to", type=Path, metavar="FILE", help="write the ONNX file here, and publish nothing")
@@ -94,6 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
             built = candidate.from_checkpoint(folder, options.pipeline, repository, report)
         if options.calibration:
             built = quantize.int8(built, options.calibration, report)
+        if options.precision == "fp16":
+            built = half.fp16(built, options.data or options.golden, report)
+            examiner = replace(examiner, rules=half.rules(examiner.rules))
         if options.to:
             options.to.write_bytes(built.steps["classifier"].files["model.onnx"])
             print(options.to)

@@ -41,11 +41,11 @@ Report = Callable[[str], None]
 
 
 class Rules(Table):
-    """What a candidate must show: `export/exam.toml`."""
+    """What a candidate must show: `export/exam.toml`. Without `max_cost`, the cost is measured and not judged."""
 
     min_agreement: float = Field(default=0.75, ge=0, le=1)
     min_accuracy: float = Field(default=0.7, ge=0, le=1)
-    max_cost: float = Field(default=2.0, gt=0)
+    max_cost: float | None = Field(default=2.0, gt=0)
     tolerance: float = Field(default=0.005, gt=0, lt=0.5)
     timeout_s: float = Field(default=300, gt=0)
     memory_gib: float = Field(default=8, gt=0)

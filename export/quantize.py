@@ -41,12 +41,9 @@ def int8(candidate: Candidate, folder: Path, report: Report) -> Candidate:
     Raises:
         ExportError: too few pictures, a graph that cannot be quantized, or one that then decides differently.
     """
-    found = sorted(path for path in folder.rglob("*") if is_picture(path))
-    if len(found) < MIN_PICTURES:
-        raise ExportError(f"{folder} holds {len(found)} pictures; calibration needs {MIN_PICTURES} or more")
-    chosen = found[:: -(-len(found) // MAX_PICTURES)]
-    report(f"calibrating int8 on {len(chosen)} of {len(found)} pictures")
-    pixels = _prepare(candidate, chosen)
+    chosen = pictures(folder, at_least=MIN_PICTURES)
+    report(f"calibrating int8 on {len(chosen)} pictures")
+    pixels = prepare(candidate, chosen)
     original = onnx.load_from_string(candidate.steps["classifier"].files["model.onnx"])
     try:
         model = graph.seal(_quantize(graph.unseal(original), pixels))
@@ -54,7 +51,7 @@ def int8(candidate: Candidate, folder: Path, report: Report) -> Candidate:
         raise
     except Exception as error:  # the quantizer raises whatever its parts raise
         raise ExportError(f"the graph cannot be quantized: {type(error).__name__}: {error}") from error
-    before, after = _probabilities(original, pixels), _probabilities(model, pixels)
+    before, after = probabilities(original, pixels), probabilities(model, pixels)
     agreement = float(np.mean(before.argmax(1) == after.argmax(1)))
     difference = float(np.abs(before - after).mean())
     report(f"agrees with fp32 on {agreement:.3f} (at least {MIN_AGREEMENT:g}), mean difference {difference:.3f}")
@@ -72,8 +69,24 @@ def int8(candidate: Candidate, folder: Path, report: Report) -> Candidate:
     )
 
 
-def _prepare(candidate: Candidate, paths: Sequence[Path]) -> list[np.ndarray]:
-    """The pictures as this very candidate prepares them, uint8 (1, size, size, 3) each."""
+def pictures(folder: Path, at_least: int) -> list[Path]:
+    """Pictures from all over a folder, `MAX_PICTURES` at most.
+
+    Raises:
+        ExportError: there are fewer than `at_least`.
+    """
+    found = sorted(path for path in folder.rglob("*") if is_picture(path))
+    if len(found) < at_least:
+        raise ExportError(f"{folder} holds {len(found)} pictures; {at_least} or more are needed")
+    return found[:: -(-len(found) // MAX_PICTURES)]
+
+
+def prepare(candidate: Candidate, paths: Sequence[Path]) -> list[np.ndarray]:
+    """The pictures as this very candidate prepares them, uint8 (1, size, size, 3) each.
+
+    Raises:
+        ExportError: one of them is no picture.
+    """
     with tempfile.TemporaryDirectory(prefix="quantize-") as folder:
         for name, content in candidate.steps["preprocess"].files.items():
             Path(folder, name).write_bytes(content)
@@ -81,7 +94,7 @@ def _prepare(candidate: Candidate, paths: Sequence[Path]) -> list[np.ndarray]:
         try:
             return [preprocess(path.read_bytes(), candidate.size)[None] for path in paths]
         except ValueError as error:
-            raise ExportError(f"a picture for calibration cannot be used: {error}") from error
+            raise ExportError(f"a picture to try it with cannot be used: {error}") from error
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -140,6 +153,7 @@ def _without_dead_channels(model: ModelProto) -> ModelProto:
     return model
 
 
-def _probabilities(model: ModelProto, pixels: Sequence[np.ndarray]) -> np.ndarray:
+def probabilities(model: ModelProto, pixels: Sequence[np.ndarray]) -> np.ndarray:
+    """What a sealed graph answers, float32 (pictures, labels)."""
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return np.concatenate([session.run([graph.PROBABILITIES], {graph.PIXELS: each})[0] for each in pixels])

@@ -386,8 +386,7 @@ class Repository:
         """
         releases = self.releases(candidate.pipeline)
         for release in releases:
-            path = self.root / release.name / "config.pbtxt"
-            batch = config.parse(path.read_text()).max_batch_size
+            batch = self.max_batch_size(release.name)
             if batch > serving.max_batch_size:
                 raise RepositoryError(
                     f"{release.name} was published with max_batch_size {batch}; its steps cannot go below that: "
@@ -408,6 +407,10 @@ class Repository:
         """The side, in pixels, of what a published pipeline's classifier takes."""
         path = self.root / contract.step_model(pipeline, "classifier") / "config.pbtxt"
         return int(config.parse(path.read_text()).input[0].dims[0])
+
+    def max_batch_size(self, name: str) -> int:
+        """How many pictures a call to a release may carry; its steps must take as many."""
+        return int(config.parse((self.root / name / "config.pbtxt").read_text()).max_batch_size)
 
     def rendered(self, candidate: Candidate, serving: config.Serving) -> dict[str, str]:
         """The steps' configurations as they would be with this candidate, but for the versions."""

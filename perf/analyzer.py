@@ -45,13 +45,14 @@ def measure(
     pictures: Sequence[Path],
     concurrencies: Iterable[int],
     *,
+    group: int = 1,
     interval_ms: int = 5000,
     binary: Path = BINARY,
     report_level: Callable[[int], None] = lambda _: None,
 ) -> list[Measurement]:
-    """Load `release` with these pictures in turn, at each number of requests in flight.
+    """Load `release` with these pictures in turn, at each number of requests in flight, each of `group` pictures.
 
-    `report_level` is told each number before its measurement.
+    Throughput counts pictures. `report_level` is told each number before its measurement.
 
     Raises:
         PerfError: perf_analyzer is not installed, or did not finish.
@@ -71,6 +72,7 @@ def measure(
             report_level(concurrency)
             command = [str(binary), "-m", release, "-i", "grpc", "-u", grpc_url, "-f", str(report)]
             command += [f"--input-data={data}", f"--concurrency-range={concurrency}", "--percentile=95"]
+            command += ["-b", str(group)]
             # Three windows, averaged. Windows need not agree: on a shared machine they rarely do.
             command += [f"--measurement-interval={interval_ms}", "--stability-percentage=999", "--max-trials=3"]
             path = ":".join(map(str, (folder, *libraries)))

@@ -107,7 +107,7 @@ def test_precision_and_calibration_go_together(
 
 
 def test_too_few_or_broken_pictures_are_refused(original: Candidate, tmp_path: Path) -> None:
-    with pytest.raises(candidate.ExportError, match="holds 0 pictures; calibration needs 8"):
+    with pytest.raises(candidate.ExportError, match="holds 0 pictures; 8 or more are needed"):
         quantize.int8(original, tmp_path, lambda _: None)
     for i in range(8):
         (tmp_path / f"{i}.jpg").write_bytes(b"no picture")

@@ -20,7 +20,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import IO, ClassVar, Self
 
 import contract
 from triton_runtime.installation import (
@@ -83,6 +83,7 @@ class TritonServer:
         poll_seconds: how often the repository is looked at.
         grace_seconds: how long requests in flight may take when the server is stopped.
         verbose: let Triton log what it does, not only what goes wrong.
+        log: where it logs to; by default, where we do.
 
     Raises:
         Missing: on entering, where this machine lacks something.
@@ -96,12 +97,14 @@ class TritonServer:
         poll_seconds: int = 2,
         grace_seconds: int = 30,
         verbose: bool = False,
+        log: IO[bytes] | None = None,
     ) -> None:
         self.repository = repository.resolve()
         self.endpoint = endpoint
         self.poll_seconds = poll_seconds
         self.grace_seconds = grace_seconds
         self.verbose = verbose
+        self._log = log
         self._prefix = f"triton_{os.getpid()}_{time.monotonic_ns()}_"
 
     def __enter__(self) -> Self:
@@ -118,6 +121,8 @@ class TritonServer:
             env=environment,
             cwd=self._folder.name,
             stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
             start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on once
             preexec_fn=die_with_parent,
         )
