@@ -1,0 +1,16 @@
+"""A load: so many requests in flight, or so many begun a second."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Load:
+    """Exactly one of the two: `concurrency` requests in flight at any time, or `request_rate` begun a second."""
+
+    concurrency: int | None = None
+    request_rate: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.request_rate:g}/s" if self.request_rate else f"{self.concurrency} in flight"
