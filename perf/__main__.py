@@ -95,7 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
     name = f"{report.title.replace(' ', '-')}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     page, data = report.write(options.out, name)
     console = Console()
-    for table in (tables.cases(report.results), tables.verdicts(report.verdicts)):
+    results = report.results
+    for table in (tables.latencies(results), tables.parts(results), tables.verdicts(report.verdicts)):
         console.print(table)
     console.print(f"{report.title}: {report.summary()}")
     console.print(f"report:  {page}\nfigures: {data}", markup=False, highlight=False, soft_wrap=True)

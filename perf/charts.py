@@ -14,7 +14,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 28, 44
 
 
 def lines(title: str, x_name: str, y_name: str, series: Mapping[str, Sequence[tuple[float, float, str]]]) -> str:
-    """A line for each series of (x, y, label); the labels of the first series stand below the points."""
+    """A line for each series of (x, y, label); the labels of the last series stand above its points."""
     points = [point for each in series.values() for point in each]
     x_ticks, y_ticks = _ticks(max(x for x, _, _ in points)), _ticks(max(y for _, y, _ in points))
 
@@ -43,8 +43,8 @@ def lines(title: str, x_name: str, y_name: str, series: Mapping[str, Sequence[tu
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"><title>'
                 f"{escape(f'{name}, {label}: {value:.1f}')}</title></circle>"
             )
-            if i == 0:
-                parts.append(_text(x, y + 16, label, "middle"))
+            if i == len(series) - 1:
+                parts.append(_text(x, y - 8, label, "middle"))
         parts.append(_text(_WIDTH - _RIGHT - 44 * (len(series) - 1 - i), 16, name, "end", colour))
     return _svg(title, _WIDTH, _HEIGHT, parts)
 

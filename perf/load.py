@@ -13,4 +13,9 @@ class Load:
     request_rate: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.request_rate:g}/s" if self.request_rate else f"{self.concurrency} in flight"
+        return self.short if self.request_rate else f"{self.short} in flight"
+
+    @property
+    def short(self) -> str:
+        """For tables: `16` in flight, `10/s`."""
+        return f"{self.request_rate:g}/s" if self.request_rate else str(self.concurrency)

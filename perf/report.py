@@ -21,8 +21,9 @@ OUTCOMES: tuple[Outcome, ...] = ("fail", "inconclusive", "pass")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 960px; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
-table { border-collapse: collapse } th, td { text-align: left; padding: .2em .8em; border-bottom: 1px solid #ddd }
-td.number { text-align: right; font-variant-numeric: tabular-nums }
+table { border-collapse: collapse }
+th, td { text-align: left; vertical-align: top; padding: .2em .6em; border-bottom: 1px solid #ddd }
+td { font-variant-numeric: tabular-nums }
 .pass { color: #00663f } .fail { color: #b00020; font-weight: bold } .inconclusive { color: #8a5a00; font-weight: bold }
 svg { max-width: 100%; height: auto; font: 12px system-ui, sans-serif; margin: .5em 0 }
 svg .title { font-weight: bold } svg .end { text-anchor: end } svg .middle { text-anchor: middle }
@@ -63,7 +64,7 @@ class Report:
         """The page."""
         body = [
             f"<h1>{escape(self.title)}</h1>",
-            f"<p>{escape(self.summary())}</p>",
+            f"<p>{self._summary()}</p>",
             _table(None, [(escape(name), escape(value)) for name, value in self.facts.items()]),
             f"<p><code>{escape(self.command)}</code></p>",
             "<h2>Budgets</h2>",
@@ -90,14 +91,17 @@ class Report:
         data.write_text(self.json())
         return page, data
 
+    def _summary(self) -> str:
+        worst = next((o for o in OUTCOMES if any(v.outcome == o for v in self.verdicts)), "")
+        return f'<span class="{worst}">{escape(self.summary())}</span>'
+
     def _verdicts(self) -> str:
         rows = []
         for v in self.verdicts:
-            interval = f"{v.measured.middle:.3g} ({v.measured.low:.3g} to {v.measured.high:.3g})" if v.measured else ""
-            cells = (v.release, v.endpoint, str(v.load), v.what, v.limit, interval)
+            cells = (v.release, v.endpoint, str(v.load), v.limit, v.interval)
             outcome = f'<span class="{v.outcome}">{v.outcome}</span> {escape(v.note)}'
             rows.append((*map(escape, cells), outcome))
-        return _table(("release", "endpoint", "load", "", "bound", "measured (95 %)", ""), rows)
+        return _table(("release", "endpoint", "load", "bound", "measured (95 %)", ""), rows)
 
     def _curves(self) -> Iterator[str]:
         """For each release, gateway and ensemble: the quantiles over the throughput, a point a level."""
@@ -126,7 +130,7 @@ class Report:
             parts = self.results.parts(case)
             figures = [self.results.middle(case, name) for name in ("throughput", *QUANTILES)]
             shown = map(_number, (*figures, *map(parts.get, PARTS)))
-            rows.append((*map(escape, (case.release, case.endpoint, str(case.load))), *shown))
+            rows.append((*map(escape, (case.release, case.endpoint, case.load.short)), *shown))
         return _table(("release", "endpoint", "load", "req/s", *QUANTILES, *PARTS), rows)
 
     def _answers(self) -> str:

@@ -20,7 +20,7 @@ _LEAST_REQUESTS = {"p50": 2, "p95": 20, "p99": 100}
 
 @dataclass(frozen=True)
 class Verdict:
-    """One bound: `what` (`p95 ms`), of which endpoint under which load, and whether it holds.
+    """One bound: on what (`p95`) of which endpoint under which load, in which unit, and whether it holds.
 
     `measured` is missing where nothing could be; `note` says why the outcome is not the interval's.
     """
@@ -29,6 +29,7 @@ class Verdict:
     endpoint: str
     load: Load
     what: str
+    unit: str
     at_most: bool
     bound: float
     measured: Interval | None
@@ -37,8 +38,14 @@ class Verdict:
 
     @property
     def limit(self) -> str:
-        """The bound for people: `≤ 300`, `≥ 0.5`."""
-        return f"{'≤' if self.at_most else '≥'} {self.bound:g}"
+        """The bound for people: `p95 ≤ 300 ms`."""
+        return f"{self.what} {'≤' if self.at_most else '≥'} {self.bound:g}{self.unit and ' '}{self.unit}"
+
+    @property
+    def interval(self) -> str:
+        """What was measured for people: `280 (260 to 301)`."""
+        m = self.measured
+        return f"{_short(m.middle)} ({_short(m.low)} to {_short(m.high)})" if m else ""
 
 
 def of_budget(budget: Budget, release: str, results: Results) -> Iterator[Verdict]:
@@ -46,12 +53,12 @@ def of_budget(budget: Budget, release: str, results: Results) -> Iterator[Verdic
     runs = results.of(Case(release, budget.endpoint, budget.load))
     judge = _Judge(release, budget.endpoint, budget.load, (runs,))
     for name, bound in budget.quantiles.items():
-        yield judge(f"{name} ms", True, bound, [getattr(run, name) for run in runs], _LEAST_REQUESTS[name])
+        yield judge(name, "ms", True, bound, [getattr(run, name) for run in runs], _LEAST_REQUESTS[name])
     if budget.of_limit is not None:
         shares = [run.throughput / limit for run, limit in zip(runs, results.limits, strict=True)]
-        yield judge("of the limit", False, budget.of_limit, shares)
+        yield judge("of limit", "", False, budget.of_limit, shares)
     if budget.request_rate is not None:
-        yield judge("requests/s", False, KEPT_RATE * budget.request_rate, [run.throughput for run in runs])
+        yield judge("rate", "/s", False, KEPT_RATE * budget.request_rate, [run.throughput for run in runs])
 
 
 def of_comparison(comparison: Comparison, release: str, base: str, results: Results) -> Iterator[Verdict]:
@@ -59,9 +66,9 @@ def of_comparison(comparison: Comparison, release: str, base: str, results: Resu
     mine, theirs = (results.of(Case(name, comparison.endpoint, comparison.load)) for name in (release, base))
     judge = _Judge(f"{release} / {base}", comparison.endpoint, comparison.load, (mine, theirs))
     for name, bound in comparison.quantiles.items():
-        yield judge(f"{name}, ratio", True, bound, _ratios(mine, theirs, name), _LEAST_REQUESTS[name])
+        yield judge(f"{name} ratio", "", True, bound, _ratios(mine, theirs, name), _LEAST_REQUESTS[name])
     if comparison.throughput is not None:
-        yield judge("throughput, ratio", False, comparison.throughput, _ratios(mine, theirs, "throughput"))
+        yield judge("req/s ratio", "", False, comparison.throughput, _ratios(mine, theirs, "throughput"))
 
 
 def _ratios(mine: Sequence[Run], theirs: Sequence[Run], name: str) -> list[float]:
@@ -76,7 +83,9 @@ class _Judge:
     load: Load
     runs: tuple[list[Run], ...]
 
-    def __call__(self, what: str, at_most: bool, bound: float, values: list[float], least_requests: int = 1) -> Verdict:
+    def __call__(
+        self, what: str, unit: str, at_most: bool, bound: float, values: list[float], least_requests: int = 1
+    ) -> Verdict:
         every = [run for runs in self.runs for run in runs]
         failed = sum((Counter(run.failed) for run in every), Counter[str]())
         fewest = min(run.requests for run in every)
@@ -93,4 +102,8 @@ class _Judge:
         elif fewest < least_requests:
             outcome = "inconclusive"
             note = f"needs {least_requests} requests a round, there were {fewest}: lengthen --seconds"
-        return Verdict(self.release, self.endpoint, self.load, what, at_most, bound, measured, outcome, note)
+        return Verdict(self.release, self.endpoint, self.load, what, unit, at_most, bound, measured, outcome, note)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
