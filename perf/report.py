@@ -23,7 +23,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 960px; marg
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
 table { border-collapse: collapse }
 th, td { text-align: left; vertical-align: top; padding: .2em .6em; border-bottom: 1px solid #ddd }
-td { font-variant-numeric: tabular-nums }
+td { font-variant-numeric: tabular-nums } td:first-child { white-space: nowrap }
 .pass { color: #00663f } .fail { color: #b00020; font-weight: bold } .inconclusive { color: #8a5a00; font-weight: bold }
 svg { max-width: 100%; height: auto; font: 12px system-ui, sans-serif; margin: .5em 0 }
 svg .title { font-weight: bold } svg .end { text-anchor: end } svg .middle { text-anchor: middle }
