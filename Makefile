@@ -52,8 +52,9 @@ $(VENV)-perf/.installed: requirements/perf.lock
 	$(VENV)-perf/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/perf.lock
 	@touch $@
 
-perf: setup export perf-tools ## Run perf_analyzer on the newest release
-	@$(RUN) -m perf
+perf: setup export perf-tools ## Check the latency budgets (RELEASE=, BASE=) and write a report
+	@$(RUN) -m perf $(if $(RELEASE),--release $(RELEASE)) $(if $(BASE),--base $(BASE)) \
+		$(if $(wildcard $(DATA)/valid),--pictures $(DATA)/valid)
 
 bench: setup export perf-tools ## Measure the stack beside the machine's limit and in-process apps (needs wrk)
 	@$(RUN) -m perf.bench $(if $(wildcard $(DATA)/valid),--pictures $(DATA)/valid)

@@ -188,6 +188,11 @@ class Pipeline:
             StepError: a step returned something else than its configuration says.
             Exception: whatever a step raises.
         """
+        known = self.tensors(pictures)
+        return Answers({name: known[name] for name in contract.OUTPUTS})
+
+    def tensors(self, pictures: Sequence[bytes]) -> dict[str, np.ndarray]:
+        """All that passes between the steps for these pictures, by the ensemble's names; raises as `run`."""
         wiring = config.WIRING
         known: dict[str, np.ndarray] = {contract.IMAGE: np.array([[picture] for picture in pictures], np.object_)}
         for step, run in {
@@ -198,7 +203,7 @@ class Pipeline:
             taken, given = wiring[step]
             outputs = run({name: known[of] for name, of in taken.items()})
             known |= {of: outputs[name] for name, of in given.items()}
-        return Answers({name: known[name] for name in contract.OUTPUTS})
+        return known
 
     def _classify(self, inputs: Tensors) -> dict[str, np.ndarray]:
         names = [graph.PROBABILITIES, graph.DIGEST]

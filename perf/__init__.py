@@ -1,1 +1,1 @@
-"""Latency under load, measured with the real perf_analyzer. CLI: `python -m perf`."""
+"""Latency under load, measured on the running thing and held against budgets. CLI: `python -m perf`."""

@@ -1,86 +1,183 @@
-"""`python -m perf`: perf_analyzer on a release, with real pictures, at several levels of load."""
+"""`python -m perf`: latency budgets, checked on the running thing, and a report of where the time goes.
+
+Measures a release with real pictures: the API over HTTP, the ensemble and each of its steps over gRPC (perf_analyzer).
+"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import socket
+import math
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from perf.analyzer import Measurement, PerfError, measure
+import contract
+from contract import Manifest
+from export.repository import Repository, RepositoryError
+from perf import machine, tables, verdict
+from perf.analyzer import PerfError
+from perf.budgets import BUDGETS, Budget, Budgets, Comparison
+from perf.load import Load
+from perf.report import Report
+from perf.rounds import Case, Plan, Rounds
+from perf.serving import serving
 from triton_runtime.installation import Missing
-from triton_runtime.server import Endpoint, TritonFailed, TritonServer
+from triton_runtime.server import TritonFailed
 from triton_runtime.signals import Stopped, unwind_on_signals
 
 ROOT = Path(__file__).resolve().parent.parent
-_EPILOG = """Uses the Triton that listens on TRITON_GRPC_PORT (default 8001), or starts the embedded one for the run.
-The load generator shares the machine with the server: compare figures of one run, not of two machines."""
+_PICTURES = 64
+_EPILOG = """what it does
+  Everything is measured once a round, in turns, with two releases directly after each other. A figure's 95 % interval
+  comes from how much it differs between the rounds. A bound of perf/budgets.toml passes or fails where the whole
+  interval is on one side of it. Otherwise it is inconclusive: more --rounds or a quieter machine narrow the interval.
+
+  The gateway gets its load from a small client in this process, the rest from perf_analyzer. A request rate means
+  requests that do not wait for each other: at random times over HTTP, at even intervals over gRPC. Less than 90 % of
+  the rate answered is a fail. The load generator shares the machine with the server.
+
+  Uses the Triton that listens on TRITON_GRPC_PORT (default 8001), or starts the embedded one, and always starts a
+  gateway of its own, with the defaults and whatever GATEWAY_ variables are set.
+
+exit status
+  0  no bound failed (inconclusive ones are listed; with --strict they count as failed)
+  1  a bound failed
+  2  it could not be measured; the message says why
+
+examples
+  make perf
+  make perf RELEASE=defect-v2 BASE=defect-v1     is the new one slower than [[compare]] allows?
+  python -m perf --rounds 8 --seconds 6          narrower intervals
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure and print a table; 1 where it could not be measured."""
-    parse = argparse.ArgumentParser(prog="python -m perf", description=__doc__, epilog=_EPILOG)
+    """Measure, print the tables, write the report; the exit status is in `_EPILOG`."""
+    parse = argparse.ArgumentParser(
+        prog="python -m perf",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parse.add_argument("--release", help="default: the newest in the repository")
+    parse.add_argument("--base", help="another release of the pipeline to compare it with")
+    parse.add_argument("--budgets", type=Path, default=BUDGETS, help="default: perf/budgets.toml")
     parse.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: model_repository")
     parse.add_argument("--pictures", type=Path, default=ROOT / "examples", help="folder (default: examples)")
-    parse.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16], help="default: 1 4 16")
-    parse.add_argument("--interval-ms", type=int, default=5000, help="of one measurement (default: %(default)s)")
+    parse.add_argument(
+        "--concurrency",
+        type=int,
+        nargs="*",
+        default=[1, 4, 16],
+        metavar="N",
+        help="levels of the latency-throughput curve (default: 1 4 16)",
+    )
+    parse.add_argument("--seconds", type=float, default=3.0, help="of one measurement (default: 3)")
+    parse.add_argument("--rounds", type=int, default=5, help="at least 2 (default: 5)")
+    parse.add_argument("--strict", action="store_true", help="inconclusive counts as failed")
+    parse.add_argument("--out", type=Path, default=ROOT / "perf/results", help="folder (default: perf/results)")
     options = parse.parse_args(arguments)
+    if options.rounds < 2 or options.seconds <= 0 or min(options.concurrency, default=1) < 1:
+        parse.error("needs at least 2 rounds, which an interval is made of, and positive --seconds and --concurrency")
     unwind_on_signals()
-    console = Console()
-    pictures = sorted(p for p in options.pictures.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
     try:
-        if not pictures:
-            raise PerfError(f"{options.pictures} holds no pictures (jpg, png, webp)")
-        endpoint = Endpoint.from_environment()
-        with console.status("starting Triton") as status, triton_at(endpoint, options.repository) as newest:
-            release = options.release or newest
-            measurements = measure(
-                release,
-                endpoint.grpc_url,
-                pictures,
-                options.concurrency,
-                interval_ms=options.interval_ms,
-                report_level=lambda n: status.update(f"{release}, {n} in flight, {len(pictures)} pictures"),
-            )
-    except (PerfError, Missing, TritonFailed) as error:
+        report = _measure(options, shlex.join(["python", "-m", "perf", *(arguments or sys.argv[1:])]))
+    except (PerfError, RepositoryError, Missing, TritonFailed, ValueError, OSError) as error:
         print(f"perf: {error}", file=sys.stderr)
-        return 1
+        return 2
     except Stopped:
-        return 1
-    console.print(table(release, measurements))
-    return 0
+        return 2
+    name = f"{report.title.replace(' ', '-')}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    page, data = report.write(options.out, name)
+    console = Console()
+    results = report.results
+    for table in (tables.latencies(results), tables.parts(results), tables.verdicts(report.verdicts)):
+        console.print(table)
+    console.print(f"{report.title}: {report.summary()}")
+    console.print(f"report:  {page}\nfigures: {data}", markup=False, highlight=False, soft_wrap=True)
+    bad = {"fail", "inconclusive"} if options.strict else {"fail"}
+    return int(any(each.outcome in bad for each in report.verdicts))
 
 
-@contextlib.contextmanager
-def triton_at(endpoint: Endpoint, repository: Path) -> Iterator[str]:
-    """The newest release of a Triton that runs at `endpoint`, started for this block where nothing listens."""
-    server = TritonServer(repository, endpoint)
-    releases = server.releases()
-    with socket.socket() as probe:
-        is_running = probe.connect_ex((endpoint.address, endpoint.grpc)) == 0
-    if is_running:
-        yield releases[-1] if releases else ""
-        return
-    with server:
-        yield server.wait_until_ready()[-1]
+def _measure(options: argparse.Namespace, command: str) -> Report:
+    budgets = Budgets.read(options.budgets)
+    repository = Repository(options.repository)
+    releases = _releases(repository, options.release, options.base)
+    release, *others = releases
+    is_latest = release == repository.releases(release.pipeline)[-1]
+    due = [budget for budget in budgets.budget if budget.is_for(release.name, is_latest=is_latest)]
+    compared = budgets.compare if others else ()
+    if not due and not compared:
+        raise PerfError(f'{options.budgets} says nothing of {release.name}: add a [[budget]] with release = "*"')
+    plan = Plan(
+        cases=_cases(releases, [*due, *compared], options.concurrency),
+        rounds=options.rounds,
+        seconds=options.seconds,
+        with_limit=any(budget.of_limit for budget in due),
+    )
+    pictures = _pictures(options.pictures)
+    facts = {
+        "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
+        **{each.name: _description(each) for each in releases},
+        **machine.facts(),
+        "measured": f"{options.rounds} rounds of {options.seconds:g} s, {len(pictures)} pictures",
+    }
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=1 + plan.measurements)
+
+        def say(what: str) -> None:
+            progress.update(task, description=what, advance=1)
+
+        with serving(options.repository, releases) as running:
+            results = Rounds(running, repository, releases, pictures, say).measure(plan)
+    verdicts = [each for budget in due for each in verdict.of_budget(budget, release.name, results)]
+    for base in others:
+        verdicts += [v for each in compared for v in verdict.of_comparison(each, release.name, base.name, results)]
+    return Report(" against ".join(each.name for each in releases), command, facts, results, verdicts)
 
 
-def table(release: str, measurements: list[Measurement]) -> Table:
-    """One row a level of load."""
-    result = Table(title=f"{release} over gRPC (milliseconds)")
-    headers = ("in flight", "requests/s", "p50", "p90", "p95", "p99")
-    for header in headers:
-        result.add_column(header, justify="right")
-    for m in measurements:
-        values = (m.throughput, m.p50, m.p90, m.p95, m.p99)
-        result.add_row(str(m.concurrency), *(f"{value:.1f}" for value in values))
-    return result
+def _releases(repository: Repository, name: str | None, base: str | None) -> list[Manifest]:
+    """The release to measure and, where there is one, its base."""
+    if name is None:
+        pipelines = repository.pipelines()
+        if not pipelines:
+            raise PerfError(f"{repository.root} holds no release: run 'make export'")
+        release = repository.releases(pipelines[-1])[-1]
+    else:
+        release = repository.release(name)
+    if base is None:
+        return [release]
+    other = repository.release(base)
+    if other.pipeline != release.pipeline or other == release:
+        raise PerfError(f"{base} cannot be the base of {release.name}: give another release of {release.pipeline}")
+    return [release, other]
+
+
+def _cases(releases: Sequence[Manifest], bounds: Sequence[Budget | Comparison], levels: Sequence[int]) -> list[Case]:
+    """The curves of gateway and ensemble, every step alone, and what the bounds ask for, each for all releases."""
+    wanted = [(endpoint, Load(level)) for endpoint in ("gateway", "ensemble") for level in levels]
+    wanted += [(step, Load(1)) for step in contract.STEPS]
+    wanted += [(each.endpoint, each.load) for each in bounds]
+    return [Case(release.name, endpoint, load) for endpoint, load in dict.fromkeys(wanted) for release in releases]
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """At most `_PICTURES` of a folder's pictures, evenly chosen."""
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+    if not found:
+        raise PerfError(f"{folder} holds no pictures (jpg, png, webp)")
+    return found[:: math.ceil(len(found) / _PICTURES)]
+
+
+def _description(release: Manifest) -> str:
+    steps = ", ".join(f"{step} {pin.version} ({pin.digest[:12]})" for step, pin in release.steps.items())
+    return f"{steps}, built {release.built_at}"
 
 
 if __name__ == "__main__":

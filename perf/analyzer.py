@@ -1,4 +1,4 @@
-"""perf_analyzer: found, fed with real pictures, run over gRPC, and its report read.
+"""perf_analyzer: found, fed with real inputs, run over gRPC, and its report read.
 
 Its wheel expects two libraries of the system that the wheel of the server carries under other names.
 """
@@ -12,24 +12,33 @@ import os
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
+
+import numpy as np
 
 import contract
+from perf.load import Load
 from triton_runtime.installation import Installation
 
 BINARY = Path(__file__).resolve().parent.parent / ".venv-perf" / "bin" / "perf_analyzer"
+WINDOWS = 3
+"""perf_analyzer measures in windows; this many are taken together."""
 _LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
 
 
 class PerfError(RuntimeError):
-    """perf_analyzer is missing or failed; the message says what to do."""
+    """Something cannot be measured; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One level of load: requests a second, and latencies in milliseconds as the client saw them."""
+    """One level of load: requests a second, and latencies in milliseconds as the client saw them.
+
+    `concurrency` is 0 where a rate was asked for.
+    """
 
     concurrency: int
     throughput: float
@@ -37,6 +46,66 @@ class Measurement:
     p90: float
     p95: float
     p99: float
+    mean: float
+
+
+class Analyzer:
+    """perf_analyzer against the Triton at `grpc_url`, with a folder of its own. Use as a context manager.
+
+    Raises:
+        PerfError: on entering, where perf_analyzer is not installed.
+        triton_runtime.installation.Missing: on entering, where the wheel of the server is not installed.
+    """
+
+    def __init__(self, grpc_url: str, binary: Path = BINARY) -> None:
+        self._url, self._binary = grpc_url, binary
+
+    def __enter__(self) -> Self:
+        if not self._binary.is_file():
+            raise PerfError(f"{self._binary} is missing: run 'make perf-tools'")
+        libraries = Installation.find().libraries
+        self._temporary = tempfile.TemporaryDirectory(prefix="perf-")
+        self._folder = Path(self._temporary.name)
+        for wanted, pattern in _LIBRARIES.items():
+            (self._folder / wanted).symlink_to(next(libraries[0].glob(pattern)))
+        self._environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(map(str, (self._folder, *libraries)))}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._temporary.cleanup()
+
+    def store(self, name: str, rows: Sequence[Mapping[str, np.ndarray]]) -> Path:
+        """Write inputs as perf_analyzer reads them: a row a request, a tensor without its batch axis by its name."""
+        path = self._folder / f"{name}.json"
+        path.write_text(json.dumps({"data": [{name: entry(array) for name, array in row.items()} for row in rows]}))
+        return path
+
+    def run(
+        self, model: str, inputs: Path, load: Load, *, interval_ms: int, version: int | None = None, group: int = 1
+    ) -> Measurement:
+        """Load a model, or one version of it, with these inputs in turn, `group` at a time, for `WINDOWS` intervals.
+
+        Raises:
+            PerfError: perf_analyzer did not finish.
+        """
+        report = self._folder / "report.csv"
+        report.unlink(missing_ok=True)  # perf_analyzer writes over nothing
+        command = [str(self._binary), "-m", model, "-i", "grpc", "-u", self._url, "-f", str(report), "--verbose-csv"]
+        command += [f"--input-data={inputs}", "--percentile=95", f"--measurement-interval={interval_ms}"]
+        # Windows need not agree: on a shared machine they rarely do.
+        command += ["--stability-percentage=999", f"--max-trials={WINDOWS}"]
+        command += ["-b", str(group)]
+        command += ["-x", str(version)] if version else []
+        if load.request_rate:
+            # Asynchronous: a thread a request would let few requests wait at once.
+            command += [f"--request-rate-range={load.request_rate}", "--async"]
+        else:
+            command += [f"--concurrency-range={load.concurrency}"]
+        run = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False)
+        if run.returncode or not report.is_file():
+            lines = (run.stdout + run.stderr).strip().splitlines()
+            raise PerfError(f"perf_analyzer failed on {model}, {load}: {' / '.join(lines[-3:])}")
+        return read_report(report)
 
 
 def measure(
@@ -48,65 +117,43 @@ def measure(
     group: int = 1,
     interval_ms: int = 5000,
     binary: Path = BINARY,
-    report_level: Callable[[int], None] = lambda _: None,
 ) -> list[Measurement]:
     """Load `release` with these pictures in turn, at each number of requests in flight, each of `group` pictures.
 
-    Throughput counts pictures. `report_level` is told each number before its measurement.
+    Throughput counts pictures.
 
     Raises:
         PerfError: perf_analyzer is not installed, or did not finish.
         triton_runtime.installation.Missing: the wheel of the server is not installed.
     """
-    if not binary.is_file():
-        raise PerfError(f"{binary} is missing: run 'make perf-tools'")
-    with tempfile.TemporaryDirectory(prefix="perf-") as name:
-        folder = Path(name)
-        data, report = folder / "pictures.json", folder / "report.csv"
-        data.write_text(json.dumps(input_data(pictures)))
-        libraries = Installation.find().libraries
-        for wanted, pattern in _LIBRARIES.items():
-            (folder / wanted).symlink_to(next(libraries[0].glob(pattern)))
-        measurements = []
-        for concurrency in concurrencies:
-            report_level(concurrency)
-            command = [str(binary), "-m", release, "-i", "grpc", "-u", grpc_url, "-f", str(report)]
-            command += [f"--input-data={data}", f"--concurrency-range={concurrency}", "--percentile=95"]
-            command += ["-b", str(group)]
-            # Three windows, averaged. Windows need not agree: on a shared machine they rarely do.
-            command += [f"--measurement-interval={interval_ms}", "--stability-percentage=999", "--max-trials=3"]
-            path = ":".join(map(str, (folder, *libraries)))
-            environment = {**os.environ, "LD_LIBRARY_PATH": path}
-            run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            if run.returncode or not report.is_file():
-                lines = (run.stdout + run.stderr).strip().splitlines()
-                raise PerfError(f"perf_analyzer failed at concurrency {concurrency}: {' / '.join(lines[-3:])}")
-            measurements += read_report(report)
-            report.unlink()
-    return measurements
+    with Analyzer(grpc_url, binary) as analyzer:
+        rows = [{contract.IMAGE: np.array([path.read_bytes()], np.object_)} for path in pictures]
+        inputs = analyzer.store("pictures", rows)
+        return [
+            analyzer.run(release, inputs, Load(number), interval_ms=interval_ms, group=group)
+            for number in concurrencies
+        ]
 
 
-def input_data(pictures: Sequence[Path]) -> dict[str, list]:
-    """perf_analyzer's input file. A BYTES element given in base64 carries its length in front, as on the wire."""
-    return {"data": [{contract.IMAGE: {"b64": _element(path.read_bytes()), "shape": [1]}} for path in pictures]}
+def entry(array: np.ndarray) -> dict[str, object]:
+    """A tensor in perf_analyzer's input file. BYTES elements carry their length in front, as on the wire."""
+    if array.dtype == np.object_:
+        data = b"".join(struct.pack("<I", len(element)) + element for element in array.reshape(-1))
+    else:
+        data = array.tobytes()
+    return {"b64": base64.b64encode(data).decode(), "shape": list(array.shape)}
 
 
-def _element(data: bytes) -> str:
-    return base64.b64encode(struct.pack("<I", len(data)) + data).decode()
-
-
-def read_report(path: Path) -> list[Measurement]:
-    """perf_analyzer's CSV; its times are microseconds."""
+def read_report(path: Path) -> Measurement:
+    """perf_analyzer's CSV of one load; its times are microseconds."""
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [
-        Measurement(
-            concurrency=int(row["Concurrency"]),
-            throughput=float(row["Inferences/Second"]),
-            p50=float(row["p50 latency"]) / 1000,
-            p90=float(row["p90 latency"]) / 1000,
-            p95=float(row["p95 latency"]) / 1000,
-            p99=float(row["p99 latency"]) / 1000,
-        )
-        for row in rows
-    ]
+        (row,) = csv.DictReader(file)
+    return Measurement(
+        concurrency=int(row.get("Concurrency", 0)),
+        throughput=float(row["Inferences/Second"]),
+        p50=float(row["p50 latency"]) / 1000,
+        p90=float(row["p90 latency"]) / 1000,
+        p95=float(row["p95 latency"]) / 1000,
+        p99=float(row["p99 latency"]) / 1000,
+        mean=(float(row["request/response"]) + float(row["response wait"])) / 1000,
+    )

@@ -18,9 +18,9 @@ from export.repository import Repository
 from perf import bench, pictures, plot, services, targets
 from perf.analyzer import PerfError
 from perf.contenders import inprocess, limit
-from perf.load import Bodies, Load, Run
 from perf.services import BENTOML, LITSERVE, MOSEC, PLAIN, STACK, TUNED
 from perf.targets import BARE, LIMIT, TRITON, Target
+from perf.wrk import Bodies, Load, Run
 from tests.conftest import EXAMPLES, wait_for
 from tests.offline import Offline
 

@@ -1,59 +1,273 @@
-"""The real perf_analyzer on the real release, with real pictures."""
+"""`make perf` on the real thing: perf_analyzer, gateway, Triton, real pictures. Windows are short, bounds are wide."""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from perf import analyzer, drops
+from export.repository import Repository
+from perf import analyzer, budgets, client, drops, steps
 from perf.__main__ import main
-from tests.conftest import EXAMPLES
+from perf.budgets import Budgets
+from perf.load import Load
+from tests.conftest import EXAMPLES, GatewayProcess
 from triton_runtime.server import Endpoint
+
+BUDGETS = """
+[[budget]]
+endpoint = "gateway"
+concurrency = 4
+p50 = 0.01
+
+[[budget]]
+release = "latest"
+endpoint = "gateway"
+request_rate = 10
+p50 = 60000
+p99 = 60000
+
+[[budget]]
+endpoint = "classifier"
+concurrency = 1
+p50 = 60000
+
+[[budget]]
+release = "defect-v77"
+endpoint = "ensemble"
+concurrency = 1
+p50 = 0.01
+"""
+SHORT = ("--rounds", "2", "--seconds", "0.9", "--concurrency", "2")
 
 
 @pytest.fixture
-def perf(triton: Endpoint, pristine: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """`python -m perf` against the Triton of the tests."""
+def perf(triton: Endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """`python -m perf` against the Triton of the tests, with reports in the test's folder."""
+    return runner(triton, monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def perf_of_pair(pair_triton: Endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    return runner(pair_triton, monkeypatch, tmp_path)
+
+
+def runner(triton: Endpoint, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., int]:
     for name, value in triton.to_environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("perf.__main__.unwind_on_signals", lambda: None)
-    return lambda *arguments: main(["--repository", str(pristine), *arguments])
+    return lambda root, *arguments: main(["--repository", str(root), "--out", str(folder), *arguments])
 
 
-def test_perf_analyzer_measures_the_release(perf: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    assert perf("--concurrency", "1", "4", "--interval-ms", "1000") == 0
-    printed = capsys.readouterr().out
-    assert "defect-v1 over gRPC" in printed
-    rows = [line for line in printed.splitlines() if line.startswith("│")]
-    assert [row.split("│")[1].strip() for row in rows] == ["1", "4"]
-    assert all(float(cell) > 0 for row in rows for cell in row.split("│")[1:-1])
+def written(folder: Path) -> tuple[str, dict]:
+    (page,), (data,) = folder.glob("*.html"), folder.glob("*.json")
+    return page.read_text(), json.loads(data.read_text())
 
 
-def test_an_unknown_release_is_an_error_with_its_reason(
-    perf: Callable[..., int], capsys: pytest.CaptureFixture[str]
+def test_a_broken_budget_fails_and_the_report_shows_where_the_time_went(
+    perf: Callable[..., int], pristine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert perf("--release", "defect-v99") == 1
-    assert "perf_analyzer failed at concurrency 1" in capsys.readouterr().err
+    (tmp_path / "budgets.toml").write_text(BUDGETS)
+    assert perf(pristine, "--budgets", str(tmp_path / "budgets.toml"), *SHORT) == 1
+    page, data = written(tmp_path)
+
+    broken, *others = data["verdicts"]
+    assert {(v["endpoint"], v["what"]): v["outcome"] for v in others} == {
+        ("gateway", "p50"): "pass",
+        ("gateway", "p99"): "inconclusive",  # not even a hundred requests
+        ("gateway", "rate"): "pass",
+        ("classifier", "p50"): "pass",
+    }
+    assert (broken["outcome"], broken["bound"], broken["load"]["concurrency"]) == ("fail", 0.01, 4)
+    assert broken["measured"]["low"] <= broken["measured"]["middle"] <= broken["measured"]["high"]
+
+    runs = {(run["case"]["endpoint"], run["round"]): run for run in data["results"]["runs"]}
+    assert {endpoint for endpoint, _ in runs} == {"gateway", "ensemble", "preprocess", "classifier", "postprocess"}
+    assert all(run["requests"] > 0 and not run["failed"] for run in runs.values())
+    for endpoint in ("gateway", "ensemble"):
+        run = runs[endpoint, 0]
+        assert list(run["parts"]) == ["gateway", "queue", "preprocess", "model", "postprocess"]
+        assert sum(run["parts"].values()) == pytest.approx(run["mean"], rel=0.2)
+    assert runs["gateway", 0]["answers"]["total"] <= runs["gateway", 0]["mean"]
+    assert list(runs["classifier", 1]["parts"]) == ["gateway", "queue", "model"]
+
+    assert page.count("<svg") == 3  # two curves and the breakdown
+    assert "http" not in page.replace("HTTP", "")  # nothing is loaded from anywhere
+    for shown in (
+        "defect-v1, gateway",
+        "postprocess",
+        "p50 ≤ 0.01 ms",
+        "1 fail, 1 inconclusive, 3 pass",
+        "python -m perf",
+    ):
+        assert shown in page, shown
+    printed = capsys.readouterr().out
+    assert "1 fail, 1 inconclusive, 3 pass" in printed
+    assert "needs 100" in printed and str(tmp_path) in printed
 
 
-def test_pictures_carry_their_length_in_front() -> None:
-    (element, *_) = analyzer.input_data(EXAMPLES)["data"]
-    raw = base64.b64decode(element["IMAGE"]["b64"])
+def test_two_releases_are_compared_side_by_side(
+    perf_of_pair: Callable[..., int], pristine_pair: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "budgets.toml").write_text(
+        "[[compare]]\nendpoint = 'gateway'\nconcurrency = 2\np50 = 100\nthroughput = 0.01\n"
+        "[[compare]]\nendpoint = 'ensemble'\nconcurrency = 2\np50 = 0.001\n"
+    )
+    names = ("--release", "defect-v2", "--base", "defect-v1", "--budgets", str(tmp_path / "budgets.toml"))
+    assert perf_of_pair(pristine_pair, *names, *SHORT) == 1
+    page, data = written(tmp_path)
+    assert {(v["what"], v["outcome"]) for v in data["verdicts"][:2]} == {("p50 ratio", "pass"), ("req/s ratio", "pass")}
+    assert data["verdicts"][2]["outcome"] == "fail"
+    first, second = ([r["case"]["release"] for r in data["results"]["runs"] if r["round"] == n] for n in (0, 1))
+    assert first[:2] == ["defect-v2", "defect-v1"] and second[:2] == ["defect-v1", "defect-v2"]
+    assert "defect-v2 against defect-v1" in page and "defect-v2 / defect-v1" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--release", "defect-v99"), "there is no release defect-v99; there is defect-v1"),
+        (("--base", "defect-v1"), "give another release of defect"),
+        (("--budgets", "nowhere.toml"), "nowhere.toml"),
+        (("--pictures", "perf"), "holds no pictures"),
+    ],
+)
+def test_what_cannot_be_measured_says_why(
+    perf: Callable[..., int], pristine: Path, capsys: pytest.CaptureFixture[str], arguments: tuple, reason: str
+) -> None:
+    assert perf(pristine, *arguments) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_budgets_that_say_nothing_of_a_release_are_no_pass(
+    perf: Callable[..., int], pristine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "budgets.toml").write_text(BUDGETS[BUDGETS.index('[[budget]]\nrelease = "defect-v77"') :])
+    assert perf(pristine, "--budgets", str(tmp_path / "budgets.toml")) == 2
+    assert "says nothing of defect-v1" in capsys.readouterr().err
+
+
+def test_a_release_that_the_triton_does_not_serve_is_not_measured(
+    perf: Callable[..., int], pristine_pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert perf(pristine_pair) == 2
+    assert "does not serve defect-v2" in capsys.readouterr().err
+
+
+def test_the_shipped_budgets_are_read() -> None:
+    shipped = Budgets.read(budgets.BUDGETS)
+    assert shipped.budget and shipped.compare
+    assert any(budget.of_limit for budget in shipped.budget)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[[budget]]\nendpoint = 'gateway'\nconcurrency = 1\np50 = \n", "line 4"),
+        ("[[budget]]\nendpoint = 'model'\nconcurrency = 1\np50 = 1", r"budget\.0\.endpoint: Input should be 'gateway'"),
+        ("[[budget]]\nendpoint = 'gateway'\np50 = 1", r"budget\.0: .*give one load"),
+        ("[[budget]]\nendpoint = 'gateway'\nconcurrency = 1\nrequest_rate = 2\np50 = 1", "give one load"),
+        ("[[budget]]\nendpoint = 'gateway'\nconcurrency = 1", "give at least one of p50"),
+        ("[[budget]]\nendpoint = 'gateway'\nconcurrency = 1\np50 = -1", r"budget\.0\.p50: .*greater than 0"),
+        ("[[budget]]\nendpoint = 'gateway'\nconcurrency = 1\np90 = 1", r"budget\.0\.p90: Extra inputs"),
+        ("[[budget]]\nrelease = 'v3'\nendpoint = 'gateway'\nconcurrency = 1\np50 = 1", "such as defect-v1"),
+        ("[[budget]]\nendpoint = 'classifier'\nconcurrency = 1\nof_limit = 0.5", "of_limit is for the gateway and"),
+        ("[[budget]]\nendpoint = 'gateway'\nrequest_rate = 1\nof_limit = 0.5", "of_limit is for the gateway and"),
+        ("[[compare]]\nendpoint = 'gateway'\nrequest_rate = 1\nthroughput = 0.9", "throughput needs a concurrency"),
+    ],
+)
+def test_malformed_budgets_are_refused_with_their_place(text: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "budgets.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        Budgets.read(path)
+
+
+def test_failed_requests_are_told_apart_from_answers(gateway: GatewayProcess, release: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    url = f"{gateway.url}/v1/predict?model_version={release}"
+    answered = client.drive(url, [tmp_path / "broken.jpg", EXAMPLES[0]], Load(2), seconds=1)
+    assert answered.latencies and len(answered.answers) == len(answered.latencies)
+    (reason,) = answered.failed
+    assert reason.startswith("status 422") and "image_" in reason
+
+
+def test_an_open_loop_counts_from_when_a_request_was_due(stalling: str, tmp_path: Path) -> None:
+    """A server that answers one at a time, in 0.2 s, is asked 20 times a second: the last one waits for seconds."""
+    answered = client.drive(stalling, EXAMPLES[:1], Load(request_rate=20), seconds=1, warm_up=0)
+    assert len(answered.latencies) == 20
+    assert max(answered.latencies) > 2000
+    assert answered.throughput < 6
+
+
+@pytest.fixture
+def stalling() -> Iterator[str]:
+    """A fault that no part of the stack can be made to show: an HTTP server with one slow thread."""
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            time.sleep(0.2)
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Slow)
+    server.socket.listen(64)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+def test_each_step_is_fed_with_what_the_step_before_made_of_the_picture(pristine: Path, release: str) -> None:
+    repository = Repository(pristine)
+    rows = steps.inputs(repository, repository.release(release), EXAMPLES)
+    assert set(rows) == {"ensemble", "preprocess", "classifier", "postprocess"}
+    assert all(len(each) == len(EXAMPLES) for each in rows.values())
+    (pixels,) = rows["classifier"][0].values()
+    assert pixels.shape == (224, 224, 3) and pixels.std() > 1
+    assert rows["postprocess"][0]["PROBABILITIES"].sum() == pytest.approx(1, abs=1e-4)
+    assert bytes(rows["postprocess"][0]["DIGEST"]).hex() == repository.release(release).steps["classifier"].digest
+
+
+def test_a_picture_that_the_release_cannot_use_is_named(pristine: Path, release: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    repository = Repository(pristine)
+    with pytest.raises(analyzer.PerfError, match=r"broken\.jpg.*image_unsupported.*take it out"):
+        steps.inputs(repository, repository.release(release), [tmp_path / "broken.jpg"])
+
+
+def test_an_incomplete_release_says_what_is_missing(repository: Path, release: str) -> None:
+    shutil.rmtree(repository / "defect_classifier" / "1")
+    found = Repository(repository)
+    with pytest.raises(analyzer.PerfError, match=r"defect_classifier.* missing.*make export"):
+        steps.inputs(found, found.release(release), EXAMPLES)
+
+
+def test_bytes_carry_their_length_in_front() -> None:
     picture = EXAMPLES[0].read_bytes()
-    assert raw == len(picture).to_bytes(4, "little") + picture
+    element = analyzer.entry(np.array([picture], np.object_))
+    assert base64.b64decode(str(element["b64"])) == len(picture).to_bytes(4, "little") + picture
+    assert element["shape"] == [1]
 
 
 def test_a_missing_binary_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(analyzer.PerfError, match="make perf-tools"):
         analyzer.measure("defect-v1", "localhost:1", EXAMPLES, [1], binary=tmp_path / "nothing")
-
-
-def test_an_empty_folder_of_pictures_is_an_error(perf: Callable[..., int], tmp_path: Path) -> None:
-    assert perf("--pictures", str(tmp_path)) == 1
 
 
 def test_a_drop_is_timed_from_its_arrival_to_its_first_answer(

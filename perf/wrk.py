@@ -1,0 +1,93 @@
+"""A load on a service, by wrk: the bodies that are sent, and what is measured."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from perf.analyzer import PerfError
+from perf.services import Service
+from triton_runtime.stack import ROOT
+
+NOTHING = float("nan")
+
+
+@dataclass(frozen=True)
+class Load:
+    """How many connections send one request after the other, and the form of their bodies: raw or json."""
+
+    connections: int
+    form: str
+
+    def __str__(self) -> str:
+        return f"{self.connections} connection{'s' * (self.connections > 1)}, {self.form}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One contender in one round: answers a second, milliseconds, and processor milliseconds a request by process.
+
+    What it does not have is not a number.
+    """
+
+    contender: str
+    load: Load
+    round: int
+    throughput: float = NOTHING
+    p50: float = NOTHING
+    p99: float = NOTHING
+    failed: int = 0
+    cpu_ms: dict[str, float] | None = None
+    memory_mib: float = NOTHING
+
+
+@dataclass(frozen=True)
+class Bodies:
+    """Requests, as files."""
+
+    media_type: str
+    files: list[Path]
+
+    @classmethod
+    def of(cls, form: str, pictures: list[Path], folder: Path) -> Bodies:
+        """The pictures as `form` sends them; what has to be written goes to `folder`."""
+        if form == "raw":
+            return cls("image/jpeg", pictures)
+        files = [folder / f"{number}.json" for number in range(len(pictures))]
+        for picture, file in zip(pictures, files, strict=True):
+            file.write_text(json.dumps({"image": base64.b64encode(picture.read_bytes()).decode()}))
+        return cls("application/json", files)
+
+
+def wrk(service: Service, contender: str, load: Load, number: int, bodies: Bodies, seconds: int) -> Run:
+    """Load a service in round `number`.
+
+    Raises:
+        PerfError: wrk did not finish.
+    """
+    environment = {**os.environ, "BENCH_BODIES": ":".join(map(str, bodies.files)), "BENCH_TYPE": bodies.media_type}
+    command = ["wrk", "-t1", f"-c{load.connections}", f"-d{seconds}s", "--timeout", "30s"]
+    command += ["-s", str(ROOT / "perf/wrk.lua"), service.url]
+    with service.awake():
+        before = service.cpu_seconds()
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        after = service.cpu_seconds()
+    if run.returncode:
+        raise PerfError(f"wrk failed on {contender}: {(run.stdout + run.stderr).strip().splitlines()[-1:]}")
+    figures = json.loads(run.stdout.strip().splitlines()[-1])
+    requests = max(1, figures["requests"])
+    return Run(
+        contender,
+        load,
+        number,
+        throughput=(figures["requests"] - figures["failed"]) / figures["seconds"],
+        p50=figures["p50"],
+        p99=figures["p99"],
+        failed=figures["failed"],
+        cpu_ms={part: 1e3 * (after[part] - before[part]) / requests for part in after},
+        memory_mib=service.memory_mib(),
+    )
