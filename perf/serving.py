@@ -55,7 +55,7 @@ def serving(repository: Path, releases: Sequence[Manifest]) -> Iterator[Serving]
                 )
         port = free_port()
         environment = {
-            "GATEWAY_TRITON_URL": endpoint.grpc_url,
+            "GATEWAY_TRITON_URLS": endpoint.grpc_url,
             "GATEWAY_PIPELINE": releases[0].pipeline,
             "GATEWAY_HOST": "127.0.0.1",
             "GATEWAY_PORT": str(port),
