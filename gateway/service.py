@@ -10,6 +10,7 @@ from prometheus_client.core import Metric
 
 from gateway import activation
 from gateway.comparison import Comparisons
+from gateway.keys import ApiKeys
 from gateway.metrics import Metrics, gauge, gauge_by_release
 from gateway.mirrors import Mirrors
 from gateway.releases import Releases
@@ -22,8 +23,9 @@ from gateway.triton import TritonClient
 class Service:
     """Made inside a running event loop, as gRPC wants it."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, keys: ApiKeys) -> None:
         self.settings = settings
+        self.keys = keys
         self.triton = TritonClient(settings.triton_url)
         self.releases = Releases(self.triton, settings.pipeline, settings.probe_timeout_s)
         self.routing = RoutingFile(settings.routing, settings.pipeline)
@@ -36,7 +38,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Follow Triton and the routing file for the length of this block."""
+        """Follow Triton, the routing file and the keys for the length of this block."""
         await self.releases.refresh()
         followers = [
             asyncio.create_task(task)
@@ -44,6 +46,7 @@ class Service:
                 self.releases.follow(self.settings.refresh_s),
                 activation.follow(self.triton, self.releases),
                 self.routing.follow(),
+                self.keys.follow(),
             )
         ]
         yield
@@ -67,5 +70,6 @@ class Service:
         yield gauge("gateway_in_flight", "Predictions being worked on.", self.in_flight)
         yield gauge("gateway_triton_reachable", "1 while Triton answers.", self.releases.triton_version is not None)
         yield gauge("gateway_routing_valid", "0 while the routing file is refused.", not self.routing.error)
+        yield gauge("gateway_keys_valid", "0 while the file of API keys is refused.", not self.keys.error)
         yield gauge_by_release("gateway_release_active", "1 where the release may answer.", active)
         yield gauge_by_release("gateway_release_share", "Percentage of the requests without a pin.", shares)
