@@ -131,6 +131,12 @@ class Connection(HttpToolsProtocol):
         if not self._in_head and self._timer is None and not self.transport.is_closing():
             self._start_timer()
 
+    def shutdown(self) -> None:
+        """The gateway is being stopped. Over TLS an idle client would be waited for until it says goodbye."""
+        super().shutdown()
+        if self.transport.is_closing():
+            self.loop.call_later(1, self.transport.abort)
+
     # ---- ours ----
 
     def _refuse(self, failure: Failure) -> None:
