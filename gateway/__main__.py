@@ -11,7 +11,11 @@ import sys
 import uvicorn
 
 from gateway import __version__, logs
+from gateway.access import require_safe
 from gateway.app import create_app
+from gateway.connection import bounded
+from gateway.keys import ApiKeys
+from gateway.metrics import Metrics
 from gateway.settings import Settings
 
 
@@ -39,17 +43,33 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(create_app(settings).openapi(), indent=2, ensure_ascii=False))
         return 0
     logs.configure(settings.log_level)
+    try:
+        keys = ApiKeys.of(settings)
+        require_safe(settings, keys)
+    except ValueError as error:
+        raise SystemExit(f"gateway: {error}") from None
+    metrics = Metrics()
     config = uvicorn.Config(
-        create_app(settings),
+        create_app(settings, metrics, keys),
         host=settings.host,
         port=settings.port,
+        http=bounded(settings, metrics),
+        ws="none",
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
         access_log=False,
         log_config=None,
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=int(settings.grace_s),
     )
-    fields = {"host": settings.host, "port": settings.port, "triton": ",".join(settings.triton_urls)}
+    try:
+        config.load()
+    except (OSError, AssertionError) as error:
+        reason = f"{settings.tls_certificate}, {settings.tls_key}: {error}"
+        raise SystemExit(f"gateway: GATEWAY_TLS_CERTIFICATE, GATEWAY_TLS_KEY: {reason}") from None
+    fields: dict[str, object] = {"host": settings.host, "port": settings.port, "triton": ",".join(settings.triton_urls)}
+    fields |= {"tls": config.is_ssl, "keys": keys.are_needed}
     logging.getLogger("gateway").info("starting", extra={"fields": fields})
     for number in (signal.SIGTERM, signal.SIGINT):
         # Uvicorn raises the signal once more when it has shut down; an orderly end is no failure.

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -14,8 +15,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
-from gateway import budget, schemas, views
-from gateway.errors import PROBLEMS, Failure, Problem, openapi_responses
+from gateway import budget, pages, schemas, views
+from gateway.access import OPENAPI_SCHEMES, OPENAPI_SECURITY, Access
+from gateway.errors import PROBLEMS, Failure, Problem, codes_of, openapi_responses
 from gateway.ingest import (
     OPENAPI_BATCH_BODY,
     OPENAPI_PARAMETERS,
@@ -24,6 +26,7 @@ from gateway.ingest import (
     read_batch,
     read_picture,
 )
+from gateway.keys import ApiKeys
 from gateway.metrics import Metrics
 from gateway.middleware import RequestContext, problem_response
 from gateway.predict import Asker
@@ -33,32 +36,28 @@ from gateway.settings import Settings
 _DESCRIPTION = """Send a picture of a parcel, get back whether it is damaged, how sure the model is, and which
 release answered. Every error is a problem (RFC 9457) with a stable `code`."""
 
-_BODY_JSON = ("missing_body", "invalid_json", "body_timeout", "body_too_large")
-_BODY = (*_BODY_JSON, "invalid_base64", "invalid_multipart")
-_CONTENT = ("unsupported_media_type", "invalid_request", "invalid_metadata")
-_LOCATION = ("url_invalid", "url_not_allowed", "fetch_unsupported", "fetch_too_large")
-_FETCH = ("fetch_failed", "fetch_timeout", "fetch_not_installed")
-_PICTURE = ("image_empty", "image_unsupported", "image_truncated", "image_corrupt", "image_too_large")
-_RELEASE = ("unknown_release", "retired_release", "release_unavailable")
-_SERVICE = ("overloaded", "triton_unavailable", "no_release", "deadline_exceeded", "inference_failed", "invalid_answer")
-_JUDGE = (*_LOCATION, *_FETCH, *_PICTURE, *_RELEASE, *_SERVICE, "provenance_mismatch")
-_PREDICT = (*_BODY, *_CONTENT, *_JUDGE, "internal_error")
+_READ = codes_of("connection", "access", "read", "gateway")
+_JUDGE = codes_of("admission", "fetch", "route", "preprocess", "infer", "verify")
+_ACCESS = codes_of("access")
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The application for these settings; nothing is connected before its lifespan starts."""
+def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys | None = None) -> FastAPI:
+    """The application for these settings; nothing is connected before its lifespan starts.
+
+    Without `keys`, those of the settings.
+    """
     service: Service
-    metrics = Metrics()
+    metrics, keys = metrics or Metrics(), keys or ApiKeys.of(settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         nonlocal service
-        service = Service(settings, metrics)
+        service = Service(settings, metrics, keys)
         async with service.running():
             yield
 
     app = FastAPIOffline(
-        docs_url="/docs",
+        docs_url=None,  # pages.py has them
         redoc_url=None,
         redirect_slashes=False,  # a redirect would repeat whatever Host the client sent
         title="Parcel defect service",
@@ -66,7 +65,8 @@ def create_app(settings: Settings) -> FastAPI:
         description=_DESCRIPTION,
         lifespan=lifespan,
     )
-    app.add_middleware(RequestContext, metrics=metrics)
+    app.add_middleware(Access, keys=keys)
+    app.add_middleware(RequestContext, metrics=metrics)  # the outermost: added last
 
     @app.exception_handler(Failure)
     async def on_failure(request: Request, failure: Failure) -> Response:
@@ -84,16 +84,17 @@ def create_app(settings: Settings) -> FastAPI:
         "/v1/predict",
         summary="Judge one picture",
         response_model=schemas.PredictResponse,
-        responses=openapi_responses(*_PREDICT),
+        responses=openapi_responses(*_READ, *_JUDGE),
         openapi_extra={
             "requestBody": OPENAPI_REQUEST_BODY,
-            "parameters": [*OPENAPI_PARAMETERS, budget.OPENAPI_PARAMETER],
+            "parameters": OPENAPI_PARAMETERS,
+            "security": OPENAPI_SECURITY,
         },
         operation_id="predict",
     )
     async def predict_route(request: Request) -> Response:
         request_id, log = request.state.request_id, request.state.log
-        asker = Asker(request_id, client_of(request), budget.deadline(request, settings))
+        asker = Asker(request_id, request.state.client.name, budget.deadline(request, settings))
         with service.predicting():
             if "model_version" not in request.query_params:
                 service.require_room(asker)  # before the work of reading
@@ -115,12 +116,16 @@ def create_app(settings: Settings) -> FastAPI:
         "/v1/predict/batch",
         summary="Judge several pictures",
         response_model=schemas.BatchResponse,
-        responses=openapi_responses(*_BODY_JSON, *_CONTENT, "internal_error"),
-        openapi_extra={"requestBody": OPENAPI_BATCH_BODY, "parameters": [budget.OPENAPI_PARAMETER]},
+        responses=openapi_responses(*_READ),
+        openapi_extra={
+            "requestBody": OPENAPI_BATCH_BODY,
+            "parameters": [budget.OPENAPI_PARAMETER],
+            "security": OPENAPI_SECURITY,
+        },
         operation_id="predict_batch",
     )
     async def batch_route(request: Request) -> Response:
-        request_id, client = request.state.request_id, client_of(request)
+        request_id, client = request.state.request_id, request.state.client.name
         deadline = budget.deadline(request, settings)
         with service.predicting():
             items = await read_batch(request, settings, deadline)
@@ -144,14 +149,21 @@ def create_app(settings: Settings) -> FastAPI:
         body = schemas.BatchResponse(request_id=request_id, results=results)
         return Response(body.model_dump_json(), 200, media_type="application/json")
 
-    @app.get("/v1/releases", summary="Every release, and what it is used for", operation_id="releases")
+    @app.get(
+        "/v1/releases",
+        summary="Every release, and what it is used for",
+        responses=openapi_responses(*_ACCESS),
+        openapi_extra={"security": OPENAPI_SECURITY},
+        operation_id="releases",
+    )
     async def releases_route() -> schemas.Releases:
         return views.releases(service)
 
     @app.get(
         "/v1/releases/{name}/report",
         summary="How a release compares with the stable one",
-        responses=openapi_responses("unknown_release"),
+        responses=openapi_responses("unknown_release", *_ACCESS),
+        openapi_extra={"security": OPENAPI_SECURITY},
         operation_id="report",
     )
     async def report_route(name: str) -> schemas.Report:
@@ -185,33 +197,38 @@ def create_app(settings: Settings) -> FastAPI:
     async def metrics_route() -> Response:
         return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/errors", summary="Every error there is", operation_id="errors")
-    async def errors() -> list[schemas.ErrorKind]:
-        return [_explain(code) for code in PROBLEMS]
+    @app.get("/docs", include_in_schema=False)
+    async def docs_route() -> Response:
+        return pages.docs(app.title)
+
+    html: dict[int | str, dict[str, Any]] = {200: {"content": {"text/html": {}}}}
+
+    @app.get(
+        "/errors",
+        summary="Every error there is",
+        response_model=list[schemas.ErrorKind],
+        responses=html,
+        operation_id="errors",
+    )
+    async def errors(request: Request, response: Response) -> object:
+        response.headers["Vary"] = "Accept"
+        return pages.errors() if pages.wants_html(request) else [views.error(code) for code in PROBLEMS]
 
     @app.get(
         "/errors/{code}",
         summary="What a problem's `type` leads to",
-        responses=openapi_responses("not_found"),
+        response_model=schemas.ErrorKind,
+        responses={**html, **openapi_responses("not_found")},
         operation_id="error",
     )
-    async def error(code: str) -> schemas.ErrorKind:
+    async def error(request: Request, response: Response, code: str) -> object:
         if code not in PROBLEMS:
             raise Failure("not_found", f"there is no error {code[:64]}")
-        return _explain(code)
+        response.headers["Vary"] = "Accept"
+        return pages.error(code) if pages.wants_html(request) else views.error(code)
 
     _complete_openapi(app)
     return app
-
-
-def client_of(request: Request) -> str:
-    """Who asks, as far as it is known."""
-    return str(getattr(request.state, "client", "anonymous"))
-
-
-def _explain(code: str) -> schemas.ErrorKind:
-    kind = PROBLEMS[code]
-    return schemas.ErrorKind(code=code, status=kind.status, title=kind.title, advice=kind.advice)
 
 
 def _complete_openapi(app: FastAPI) -> None:
@@ -233,6 +250,7 @@ def _complete_openapi(app: FastAPI) -> None:
                     responses = operation["responses"]
                     if "HTTPValidationError" in str(responses.get("422", "")):
                         del responses["422"]
+            document["components"]["securitySchemes"] = OPENAPI_SCHEMES
             app.openapi_schema = document
         return app.openapi_schema
 

@@ -37,5 +37,5 @@ def configure(level: str) -> None:
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [], True
-    # Its start-up and shut-down lines say nothing that ours do not.
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    # Its other lines say nothing that ours do not.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -36,6 +36,7 @@ class Metrics:
             "gateway_comparisons", "Requests run once more on another release, by the release on trial.",
             ["release", "outcome"], registry=self._registry,
         )  # fmt: skip
+        self.connections = Gauge("gateway_connections", "Open connections.", registry=self._registry)
 
         self._retries = Counter(
             "gateway_retries", "Pictures sent to Triton once more after a call failed.", registry=self._registry

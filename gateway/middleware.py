@@ -1,10 +1,12 @@
-"""What holds for every request: an id in and out, one log line, one count, and no error that is not a problem.
+"""What holds for every request: an id in and out, one log line, one count, security headers, and no error that is
+not a problem.
 
 Plain ASGI, so that streaming and client disconnects pass through untouched.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import re
@@ -17,24 +19,35 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.errors import MEDIA_TYPE, Failure, Problem
+from gateway.errors import MEDIA_TYPE, PROBLEMS, Failure, Problem
 from gateway.metrics import Metrics
 
 REQUEST_ID = "X-Request-ID"
+REFUSAL = "refusal"
+"""Where in a request's state the connection leaves the `Failure` that it found (connection.py)."""
 _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",  # pages.py has its own
+}
+_HSTS = "max-age=31536000"
 logger = logging.getLogger("gateway.request")
 
 
 def problem_response(request: Request, failure: Failure) -> Response:
     """The response for a failure; its code goes into the request's log line."""
-    problem = Problem.of(failure, request.state.request_id)
+    kind, problem = PROBLEMS[failure.code], Problem.of(failure, request.state.request_id)
     request.state.log["code"] = failure.code
     headers = {}
-    if failure.retry_after is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(failure.retry_after)))
-    if problem.status in (408, 413):
-        headers["Connection"] = "close"  # the rest of the body is not read
-    return Response(problem.model_dump_json(), problem.status, headers, MEDIA_TYPE)
+    if kind.step == "connection" or kind.status in (408, 413):
+        headers["Connection"] = "close"  # what else comes is not read
+    if kind.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if retry_after := failure.retry_after or kind.retry_after:
+        headers["Retry-After"] = str(math.ceil(retry_after))
+    return Response(problem.model_dump_json(), kind.status, headers, MEDIA_TYPE)
 
 
 class RequestContext:
@@ -56,20 +69,42 @@ class RequestContext:
         log: dict[str, Any] = {"request_id": request_id, "method": scope["method"], "path": scope["path"][:200]}
         request.state.request_id, request.state.started, request.state.log = request_id, started, log
 
-        async def send_with_id(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID] = request_id
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+                if scope["scheme"] == "https":
+                    headers["Strict-Transport-Security"] = _HSTS
                 log["status"] = message["status"]
             await send(message)
 
+        def refuse_if_broken() -> None:
+            if refusal := scope["state"].get(REFUSAL):
+                raise refusal
+
+        async def receive_unless_broken() -> Message:
+            message = await receive()
+            refuse_if_broken()
+            return message
+
         try:
-            await self.app(scope, receive, send_with_id)
+            refuse_if_broken()
+            await self.app(scope, receive_unless_broken, send_with_headers)
+        except Failure as refusal:
+            await problem_response(request, refusal)(scope, receive, send_with_headers)
+        except asyncio.CancelledError:
+            if "status" in log:
+                raise
+            failure = Failure("shutting_down", "the time for what was in flight is over")
+            await problem_response(request, failure)(scope, receive, send_with_headers)
         except Exception:
             logger.exception("unexpected failure", extra={"fields": {"request_id": request_id}})
             if "status" in log:  # half of a response is out: only closing the connection can say that it is bad
                 raise
             failure = Failure("internal_error", "an unexpected failure was logged under this request id")
-            await problem_response(request, failure)(scope, receive, send_with_id)
+            await problem_response(request, failure)(scope, receive, send_with_headers)
         finally:
             seconds = time.monotonic() - started
             log["total_ms"] = round(seconds * 1000, 3)

@@ -182,9 +182,9 @@ def _follows(now: dict[str, Any], release: str) -> bool:
 
 def _ask(gateway: str) -> dict[str, Any]:
     try:
-        with urllib.request.urlopen(f"{gateway}/v1/releases", timeout=_PATIENCE_S) as response:
-            return dict(json.load(response))
-    except (OSError, ValueError) as error:  # URLError is an OSError
+        with urllib.request.urlopen(f"{gateway}/version", timeout=_PATIENCE_S) as response:
+            return dict(json.load(response)["pipeline"])
+    except (OSError, ValueError, KeyError) as error:  # URLError is an OSError
         raise Unreachable(f"the gateway at {gateway} cannot be asked ({error})") from None
 
 

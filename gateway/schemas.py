@@ -18,7 +18,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from contract.routing import Canary, Shadow
-from gateway.errors import Problem
+from gateway.errors import Fault, Problem, Step
 
 MetadataValue = Annotated[StrictStr, Field(max_length=1024)] | StrictBool | StrictInt | FiniteFloat | None
 State = Literal["ready", "unavailable"]
@@ -224,6 +224,13 @@ class Report(BaseModel):
     most_disagreeing: list[Disagreement] = Field(description="At most 20, the largest difference first.")
 
 
+class Access(BaseModel):
+    """Whether requests need an API key, and what is wrong with the file of keys as it is now."""
+
+    required: bool
+    error: str = Field(description="Why the file's last edit is not in force; empty: it is.")
+
+
 class Version(BaseModel):
     """Everything that has a version."""
 
@@ -231,6 +238,7 @@ class Version(BaseModel):
     contract: str
     triton: str | None = Field(description="Triton's version; null while it cannot be reached.")
     pipeline: Pipeline
+    access: Access
 
 
 class Live(BaseModel):
@@ -254,3 +262,7 @@ class ErrorKind(BaseModel):
     status: int
     title: str
     advice: str
+    fault: Fault
+    step: Step
+    retryable: bool
+    retry_after: int | None = Field(description="Seconds after which to try again; null: at once, if at all.")

@@ -16,6 +16,7 @@ from gateway.dispatch import Dispatcher
 from gateway.fetch.fetcher import Fetcher
 from gateway.fleet import Fleet
 from gateway.ingest import Picture
+from gateway.keys import ApiKeys
 from gateway.metrics import Metrics, gauge, gauge_by
 from gateway.mirrors import Mirrors
 from gateway.predict import Answer, Asker, predict
@@ -39,8 +40,9 @@ class Judged:
 class Service:
     """Made inside a running event loop, as gRPC wants it."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, keys: ApiKeys) -> None:
         self.settings = settings
+        self.keys = keys
         self.fleet = Fleet(settings)
         self.releases = Catalogue(self.fleet, settings.pipeline)
         self.dispatcher = Dispatcher(self.fleet, settings, metrics)
@@ -55,11 +57,12 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Follow Triton and the routing file for the length of this block."""
+        """Follow Triton, the routing file and the keys for the length of this block."""
         await self.fleet.start()
-        follower = asyncio.create_task(self.routing.follow())
+        followers = [asyncio.create_task(task) for task in (self.routing.follow(), self.keys.follow())]
         yield
-        follower.cancel()
+        for follower in followers:
+            follower.cancel()
         await self.mirrors.close()
         await self.dispatcher.close()
         await self.fleet.close()
@@ -112,5 +115,6 @@ class Service:
         yield gauge_by("release", "gateway_calls_limit", "Calls at once that are allowed, as found.", limits)
         yield gauge("gateway_triton_reachable", "1 while Triton answers.", self.releases.triton_version is not None)
         yield gauge("gateway_routing_valid", "0 while the routing file is refused.", not self.routing.error)
+        yield gauge("gateway_keys_valid", "0 while the file of API keys is refused.", not self.keys.error)
         yield gauge_by("release", "gateway_release_active", "1 where the release may answer.", active)
         yield gauge_by("release", "gateway_release_share", "Percentage of the requests without a pin.", shares)

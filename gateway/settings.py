@@ -25,12 +25,32 @@ Addresses = Annotated[
 class Settings(BaseSettings):
     """Defaults are safe for one machine: loopback only, bounded sizes and times."""
 
-    model_config = SettingsConfigDict(env_prefix="GATEWAY_", frozen=True, use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(
+        env_prefix="GATEWAY_", env_ignore_empty=True, frozen=True, use_attribute_docstrings=True
+    )
 
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: Port = 8080
     """Port to listen on."""
+    published_on: str | None = None
+    """Where a container's port is published, if not on the address that it listens on."""
+    api_keys_file: Path | None = None
+    """File with API keys (`python -m gateway.keys` makes one); followed."""
+    api_keys: str = ""
+    """API keys beside those of the file: name:sha256, separated by commas."""
+    allow_anonymous: bool = False
+    """Answer everybody, where there are no API keys, on other addresses than loopback."""
+    tls_certificate: Path | None = None
+    """Certificate chain (PEM); with it the gateway speaks HTTPS, and nothing else."""
+    tls_key: Path | None = None
+    """Private key of the certificate (PEM). None: it is in the same file."""
+    max_connections: int = Field(default=1000, ge=1, le=100_000)
+    """Most open connections; more are refused but for health, version and metrics."""
+    headers_timeout_s: Seconds = 10.0
+    """Time to receive a request's head, and for an unused connection before its first."""
+    send_timeout_s: Seconds = 30.0
+    """Time after which a client that takes nothing of its answers is given up."""
     triton_urls: Addresses = ("127.0.0.1:8001",)
     """Triton's gRPC endpoints, host:port, separated by commas. A name with several addresses is as many servers."""
     pipeline: str = Field(default="defect", pattern=rf"^{contract.PIPELINE_NAME.pattern}$")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import contract
 from gateway import __version__, schemas
+from gateway.errors import PROBLEMS
 from gateway.releases import Known
 from gateway.router import Router
 from gateway.service import Judged, Service
@@ -54,7 +57,13 @@ def version(service: Service) -> schemas.Version:
             releases=[_release(known) for known in service.releases.known],
             routing=_routing(service.router),
         ),
+        access=schemas.Access(required=service.keys.are_needed, error=service.keys.error),
     )
+
+
+def error(code: str) -> schemas.ErrorKind:
+    """A row of the table of errors."""
+    return schemas.ErrorKind(code=code, **asdict(PROBLEMS[code]))
 
 
 def releases(service: Service) -> schemas.Releases:

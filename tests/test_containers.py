@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ from compose_viz.spec.compose_spec import ComposeSpecification
 
 from contract.routing import Routing
 from export.steps import REPOSITORY
+from gateway.keys import KeysTable
 from gateway.settings import Settings
 from tests.conftest import ROOT
 from triton_runtime.installation import SERVER_VERSION
-from triton_runtime.server import Endpoint, TritonServer
+from triton_runtime.server import RESTRICTED, Endpoint, TritonServer
 
 
 class _Loader(yaml.SafeLoader):
@@ -58,12 +61,32 @@ def test_containers_and_the_embedded_server_run_the_same_release() -> None:
     assert wheel.startswith("nvidia-pytriton==0.7.0"), "another wheel may carry another server: adapt SERVER_VERSION"
 
 
+def triton_command(tmp_path: Path) -> list[str]:
+    """What the container runs: its shell is run here, with something in place of Triton that writes its arguments."""
+    server = tmp_path / "tritonserver"
+    server.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    server.chmod(0o755)
+    command = [part.replace("$$", "$") for part in SERVICES["triton"]["command"]]
+    environment = {"PATH": f"{tmp_path}:{os.defpath}"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 def test_triton_gets_the_embedded_servers_flags(tmp_path: Path) -> None:
     server = TritonServer(tmp_path, Endpoint())
     ours = set(server.command(Path("tritonserver"), tmp_path)[1:])
     ours -= {flag for flag in ours if "address=" in flag or flag.startswith(("--backend-", "--model-repository="))}
-    theirs = {flag for flag in SERVICES["triton"]["command"][1:] if not flag.startswith("--model-repository=")}
-    assert theirs == ours
+    theirs = {flag for flag in triton_command(tmp_path) if not flag.startswith("--model-repository=")}
+    locks = [{flag for flag in flags if "-restricted-" in flag} for flags in (ours, theirs)]
+    assert theirs - locks[1] == ours - locks[0]
+    for lock in locks:
+        keys = {flag.rpartition("=")[2] for flag in lock}
+        assert {flag.rpartition("=")[0] for flag in lock} == {
+            f"--{api}={RESTRICTED}:triton-admin" for api in ("http-restricted-api", "grpc-restricted-protocol")
+        }
+        assert len(keys) == 1
+        assert len(keys.pop()) >= 32
+    assert locks[0] != locks[1]
+    assert triton_command(tmp_path)[-1] not in locks[1], "another key each time"
 
 
 def test_ports_agree_with_the_code() -> None:
@@ -76,6 +99,15 @@ def test_ports_agree_with_the_code() -> None:
     (published,) = SERVICES["gateway"]["ports"]
     assert published.startswith("${GATEWAY_ADDRESS:-127.0.0.1}:")
     assert published.endswith(f":{environment['GATEWAY_PORT']}")
+
+
+def test_nobody_is_let_in_from_other_machines_unless_that_is_said() -> None:
+    environment = SERVICES["gateway"]["environment"]
+    assert environment["GATEWAY_PUBLISHED_ON"] == "${GATEWAY_ADDRESS:-127.0.0.1}"
+    assert environment["GATEWAY_ALLOW_ANONYMOUS"] == "${GATEWAY_ALLOW_ANONYMOUS:-false}"
+    assert environment["GATEWAY_API_KEYS_FILE"] == "${GATEWAY_API_KEYS_FILE:-}"
+    assert "./access:/etc/gateway/access:ro" in SERVICES["gateway"]["volumes"]
+    assert KeysTable.read(ROOT / "access/keys.toml") == KeysTable()
 
 
 def test_every_setting_named_exists() -> None:
@@ -165,7 +197,7 @@ def test_the_watcher_follows_the_same_volume() -> None:
 
 def test_the_gateway_follows_the_routing_file_of_this_checkout() -> None:
     gateway = SERVICES["gateway"]
-    assert "./routing:/etc/gateway:ro" in gateway["volumes"]
-    assert gateway["environment"]["GATEWAY_ROUTING"] == "/etc/gateway/routing.toml"
+    assert "./routing:/etc/gateway/routing:ro" in gateway["volumes"]
+    assert gateway["environment"]["GATEWAY_ROUTING"] == "/etc/gateway/routing/routing.toml"
     assert Settings.model_fields["routing"].default == Path("routing/routing.toml")
     assert Routing.read(ROOT / "routing/routing.toml") == Routing()

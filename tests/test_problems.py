@@ -33,6 +33,7 @@ def assert_problem(response: httpx.Response, code: str) -> dict[str, Any]:
     assert problem["type"] == f"/errors/{code}"
     assert problem["title"] == kind.title
     assert problem["advice"] == kind.advice
+    assert (problem["retryable"], problem["fault"], problem["step"]) == (kind.retryable, kind.fault, kind.step)
     assert problem["detail"]
     assert problem["request_id"] == response.headers["X-Request-ID"]
     assert "Traceback" not in response.text

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grpc
+import httpx
 import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2 as pb
@@ -123,6 +124,49 @@ def test_tensorrt_is_an_option() -> None:
     assert accelerator.parameters["trt_engine_cache_enable"] == "true"
     assert accelerator.parameters["trt_engine_cache_path"] == "/var/cache/tensorrt/defect"
     assert config.parse(config.render(rendered).decode()) == rendered
+
+
+# ---- what it refuses ----
+
+
+REFUSED = {
+    "SystemSharedMemoryRegister": pb.SystemSharedMemoryRegisterRequest(name="x", key="/x", byte_size=8),
+    "SystemSharedMemoryStatus": pb.SystemSharedMemoryStatusRequest(),
+    "CudaSharedMemoryStatus": pb.CudaSharedMemoryStatusRequest(),
+    "TraceSetting": pb.TraceSettingRequest(),
+    "LogSettings": pb.LogSettingsRequest(),
+    "RepositoryModelLoad": pb.RepositoryModelLoadRequest(model_name="defect-v1"),
+    "RepositoryModelUnload": pb.RepositoryModelUnloadRequest(model_name="defect-v1"),
+}
+
+
+@pytest.mark.parametrize("call", REFUSED)
+def test_what_could_harm_the_server_is_refused_over_grpc(triton: Endpoint, call: str) -> None:
+    with grpc.insecure_channel(triton.grpc_url) as channel, pytest.raises(grpc.RpcError) as caught:
+        getattr(service_pb2_grpc.GRPCInferenceServiceStub(channel), call)(REFUSED[call], timeout=10)
+    reason = "not allowed if polling is enabled" if call.startswith("RepositoryModel") else "protocol is restricted"
+    assert reason in caught.value.details()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v2/systemsharedmemory/region/x/register", {"key": "/x", "offset": 0, "byte_size": 8}),
+        ("/v2/systemsharedmemory/status", None),
+        ("/v2/cudasharedmemory/status", None),
+        ("/v2/trace/setting", {"trace_file": "/tmp/x", "trace_level": ["TIMESTAMPS"]}),
+        ("/v2/models/defect-v1/trace/setting", {"trace_level": ["TIMESTAMPS"]}),
+        ("/v2/logging", {"log_file": "/tmp/x", "log_verbose_level": 9}),
+        ("/v2/repository/models/defect-v1/load", {}),
+        ("/v2/repository/models/defect-v1/unload", {}),
+    ],
+)
+def test_what_could_harm_the_server_is_refused_over_http(triton: Endpoint, path: str, body: dict | None) -> None:
+    response = httpx.get(triton.url(path)) if body is None else httpx.post(triton.url(path), json=body)
+    if "/repository/" in path:
+        assert "not allowed if polling is enabled" in response.text
+    else:
+        assert (response.status_code, "API is restricted" in response.text) == (403, True)
 
 
 # ---- what it needs ----

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -31,6 +32,11 @@ from triton_runtime.installation import (
     check_shared_memory,
     port_from_environment,
 )
+
+RESTRICTED = "shared-memory,trace,logging"
+"""Groups of Triton's API that nothing here uses, and that would let whoever reaches its ports make it write files, say
+less, or map memory. They are locked with a key that is thrown away. Loading and unloading needs no lock: while it polls
+the repository, Triton refuses both."""
 
 
 class TritonFailed(RuntimeError):
@@ -134,6 +140,7 @@ class TritonServer:
     def command(self, server: Path, backends: Path) -> list[str]:
         """The server's command line."""
         endpoint = self.endpoint
+        lock = f"{RESTRICTED}:triton-admin={secrets.token_hex(16)}"
         return [
             str(server),
             f"--model-repository={self.repository}",
@@ -151,6 +158,8 @@ class TritonServer:
             f"--metrics-address={endpoint.address}",
             f"--metrics-port={endpoint.metrics}",
             f"--log-info={str(self.verbose).lower()}",
+            f"--http-restricted-api={lock}",
+            f"--grpc-restricted-protocol={lock}",
         ]
 
     def releases(self) -> list[str]:

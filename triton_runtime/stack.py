@@ -6,10 +6,13 @@ What `make serve` runs. Gateway and watcher are processes like any other here; n
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import secrets
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -73,8 +76,14 @@ class Gateway(Child):
             "GATEWAY_PORT": str(port),
             "GATEWAY_LOG_LEVEL": os.environ.get("GATEWAY_LOG_LEVEL", log_level),
         }
+        self._headers = {"Content-Type": "image/jpeg"}
+        keys = os.environ.get("GATEWAY_API_KEYS", "")
+        if keys or os.environ.get("GATEWAY_API_KEYS_FILE"):
+            self._headers["X-API-Key"] = key = secrets.token_urlsafe(32)
+            environment["GATEWAY_API_KEYS"] = f"{keys},serve:{hashlib.sha256(key.encode()).hexdigest()}"
         super().__init__("gateway", environment=environment)
-        self.url = f"http://{address}:{port}"
+        scheme = "https" if os.environ.get("GATEWAY_TLS_CERTIFICATE") else "http"
+        self.url = f"{scheme}://{address}:{port}"
 
     def predict(self, picture: Path, timeout: float) -> dict:
         """Send one picture until it is answered.
@@ -83,11 +92,12 @@ class Gateway(Child):
             TritonFailed: the gateway ended, or gave no answer in time.
         """
         deadline, last = time.monotonic() + timeout, "no answer"
-        headers = {"Content-Type": "image/jpeg"}
+        # Our own child: its certificate is for others, and need not name this address.
+        context = ssl._create_unverified_context()  # noqa: S323
         while time.monotonic() < deadline and self.process.poll() is None:
-            request = urllib.request.Request(f"{self.url}/v1/predict", picture.read_bytes(), headers)
+            request = urllib.request.Request(f"{self.url}/v1/predict", picture.read_bytes(), self._headers)
             try:
-                with urllib.request.urlopen(request, timeout=10) as response:
+                with urllib.request.urlopen(request, timeout=10, context=context) as response:
                     return dict(json.load(response))
             except urllib.error.HTTPError as error:
                 last = error.read().decode(errors="replace")

@@ -1,0 +1,191 @@
+"""One HTTP connection, bounded: what uvicorn leaves open to a client that is slow, endless, or speaks no HTTP.
+
+Uvicorn bounds neither the size of a request's head nor the time that it takes, lets trailers into the headers, and
+answers what it cannot read in plain text. Here each of these is a `Failure` that takes the way of every other: it is
+left in the state of the request (`middleware.REFUSAL`), and answered, counted and logged there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from gateway.access import is_open
+from gateway.errors import Failure
+from gateway.metrics import Metrics
+from gateway.middleware import REFUSAL
+from gateway.settings import Settings
+
+MAX_HEAD = 16 * 1024
+"""Bytes of a request line with its headers; likewise of what is neither head nor body (trailers, chunk extensions)."""
+MAX_TARGET = 4 * 1024
+"""Bytes of a request's path with its query."""
+MAX_HEADERS = 100
+
+
+def bounded(settings: Settings, metrics: Metrics) -> type[asyncio.Protocol]:
+    """The class that uvicorn makes one of for each connection."""
+    return type("BoundedConnection", (Connection,), {"settings": settings, "metrics": metrics})
+
+
+class Connection(HttpToolsProtocol):
+    """A connection; made by uvicorn."""
+
+    settings: Settings
+    metrics: Metrics
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.url = b""
+        self._has_begun = False  # a request, of which not everything is there
+        self._in_head = True
+        self._idle_bytes = 0  # since the last progress: a head, a piece of a body, or a request that is complete
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_broken = False
+
+    # ---- called by the event loop ----
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock: a connection that never sends anything is not kept either."""
+        super().connection_made(transport)
+        self.metrics.connections.inc()
+        if len(self.connections) > 2 * self.settings.max_connections:
+            transport.abort()  # refusing politely has its price, too
+            return
+        milliseconds = int(self.settings.send_timeout_s * 1000)
+        with contextlib.suppress(OSError):  # it has left already
+            # The kernel gives up on a client that is gone, or takes nothing of its answers.
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._stop_timer()
+        self.metrics.connections.dec()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, within the bounds. One call brings a bounded piece, so only what comes in many is counted here."""
+        if self._is_broken:
+            return
+        if self._in_head and self._timer is None:
+            self._start_timer()
+        self._idle_bytes += len(data)
+        counted = self._idle_bytes
+        super().data_received(data)
+        if self._idle_bytes == counted > MAX_HEAD and not self._is_broken:
+            self._refuse(_too_long(self.url) if self._in_head else Failure("malformed_request", "the body has no end"))
+
+    # ---- called by the parser ----
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        super().on_message_begin()
+        self._has_begun = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header. A trailer is none: what a header decides was decided before the body."""
+        if self._in_head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """A head is complete: begin to answer."""
+        self._in_head, self._idle_bytes = False, 0
+        self._stop_timer()
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        refusal = None
+        if len(self.url) > MAX_TARGET or size > MAX_HEAD or len(self.headers) > MAX_HEADERS:
+            refusal = _too_long(self.url)
+        self.url = self.url[:MAX_TARGET]
+        super().on_headers_complete()
+        too_many = len(self.connections) > self.settings.max_connections
+        if too_many and not is_open(self.scope["path"]):
+            refusal = Failure("too_many_connections", f"the limit is {self.settings.max_connections:,}")
+        if refusal:
+            self.scope["state"][REFUSAL] = refusal  # the task that answers was made just now, and has not run yet
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of a body."""
+        self._idle_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """A request is complete."""
+        self._has_begun, self._in_head, self._idle_bytes = False, True, 0
+        self._stop_timer()
+        super().on_message_complete()
+
+    # ---- called by uvicorn ----
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what the parser cannot read."""
+        self._refuse(Failure("malformed_request", "it cannot be read as HTTP/1.1"))
+
+    def on_response_complete(self) -> None:
+        """A request was answered. What is still missing of it has as long as a head."""
+        super().on_response_complete()
+        if not self._in_head and self._timer is None and not self.transport.is_closing():
+            self._start_timer()
+
+    def shutdown(self) -> None:
+        """The gateway is being stopped. Over TLS an idle client would be waited for until it says goodbye."""
+        super().shutdown()
+        if self.transport.is_closing():
+            self.loop.call_later(1, self.transport.abort)
+
+    # ---- ours ----
+
+    def _refuse(self, failure: Failure) -> None:
+        """Answer with a failure, read nothing more, and close."""
+        self._is_broken = True
+        self._stop_timer()
+        if self.cycle is not None and not self.cycle.response_complete:
+            # A request is being answered. If it is complete, what failed is the next one, whose answer has to wait
+            # for its turn: closing after this one says enough.
+            if self.cycle.more_body:
+                self.cycle.scope["state"][REFUSAL] = failure
+                self.cycle.message_event.set()
+            self.cycle.keep_alive = False
+            return
+        super().on_message_begin()
+        self.scope |= {"method": "", "path": "", "raw_path": b"", "query_string": b""}
+        self.scope["state"][REFUSAL] = failure
+        self.cycle = RequestResponseCycle(
+            scope=self.scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=False,
+            keep_alive=False,
+            on_response=self.on_response_complete,
+        )
+        self._start_asgi_task(self.cycle, self.app)
+
+    def _start_timer(self) -> None:
+        self._timer = self.loop.call_later(self.settings.headers_timeout_s, self._time_is_over)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _time_is_over(self) -> None:
+        self._timer = None
+        if self._in_head and self._has_begun:
+            self._refuse(Failure("headers_timeout", f"not complete after {self.settings.headers_timeout_s:g} s"))
+        else:
+            self.transport.close()  # nothing was begun, or it was answered long ago
+
+
+def _too_long(url: bytes) -> Failure:
+    if len(url) > MAX_TARGET:
+        return Failure("uri_too_long", f"the limit is {MAX_TARGET:,} bytes")
+    return Failure("headers_too_large", f"the limit is {MAX_HEAD:,} bytes and {MAX_HEADERS} headers")

@@ -1,0 +1,163 @@
+"""Clients that are slow, endless or many: each is cut off within its bound, and the others are answered meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import select
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from gateway.connection import MAX_HEAD, MAX_HEADERS, MAX_TARGET
+from tests.conftest import GatewayProcess, free_endpoint, wait_for
+from tests.raw_http import HEAD, connect, exchange, is_closed, receive
+from tests.test_problems import assert_problem
+
+GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    limits = {"headers_timeout_s": 1, "body_timeout_s": 1, "send_timeout_s": 1, "max_connections": 20}
+    with GatewayProcess(free_endpoint(), tmp_path_factory.mktemp("strict") / "log", **limits) as gateway:
+        yield gateway
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_open(strict: GatewayProcess) -> Iterator[None]:
+    """After whatever a test did, only the connection that asks is open."""
+    yield
+    wait_for(lambda: connections(strict) == 1)
+
+
+def connections(gateway: GatewayProcess) -> int:
+    page = httpx.get(f"{gateway.url}/metrics").text
+    return int(float(re.findall(r"^gateway_connections (\S+)", page, re.MULTILINE)[0]))
+
+
+def trickle(connection: socket.socket, data: bytes, seconds: float) -> None:
+    """Send a byte now and then, until the other side answers or closes."""
+    deadline = time.monotonic() + seconds
+    for number in data:
+        assert time.monotonic() < deadline, f"still open after {seconds} s"
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(bytes([number]))
+        if select.select([connection], [], [], 0.05)[0]:
+            return
+    raise AssertionError("all was taken")
+
+
+# ---- slow ----
+
+
+@pytest.mark.parametrize(
+    ("sent", "rest", "code"),
+    [
+        (b"", GET + b"X: " + b"a" * 1000, "headers_timeout"),
+        (GET + b"\r\n", GET + b"X: " + b"a" * 1000, "headers_timeout"),
+        (HEAD + b"Content-Length: 1000\r\n\r\n", b"a" * 1000, "body_timeout"),
+        (CHUNKED, b"1\r\na\r\n" * 200, "body_timeout"),
+        (CHUNKED + b"1\r\na\r\n0\r\n", b"T: t\r\n" * 200, "body_timeout"),
+    ],
+    ids=["head", "second head", "body", "chunks", "trailers"],
+)
+def test_a_client_that_trickles_is_cut_off(strict: GatewayProcess, sent: bytes, rest: bytes, code: str) -> None:
+    with connect(strict.port) as connection:
+        connection.sendall(sent)
+        if sent.startswith(GET):
+            assert receive(connection).status_code == 200
+        trickle(connection, rest, 5)
+        assert_problem(receive(connection), code)
+        assert is_closed(connection)
+
+
+@pytest.mark.parametrize("sent", [b"", b"\r\n\r\n"], ids=["nothing", "blank lines"])
+def test_an_idle_connection_is_closed(strict: GatewayProcess, sent: bytes) -> None:
+    with connect(strict.port) as connection:
+        connection.sendall(sent)
+        assert is_closed(connection)
+
+
+def test_blank_lines_do_not_keep_a_connection_open(strict: GatewayProcess) -> None:
+    with connect(strict.port) as connection:
+        connection.sendall(GET + b"\r\n")
+        assert receive(connection).status_code == 200
+        trickle(connection, b"\r\n" * 200, 5)
+        assert is_closed(connection)
+
+
+def test_a_body_that_nobody_asked_for_does_not_go_on_for_ever(strict: GatewayProcess) -> None:
+    with connect(strict.port) as connection:
+        connection.sendall(GET + b"Content-Length: 1000000\r\n\r\n")
+        assert receive(connection).status_code == 200
+        trickle(connection, b"a" * 1000, 5)
+        assert is_closed(connection)
+
+
+def test_a_client_that_takes_no_answers_is_given_up(strict: GatewayProcess) -> None:
+    request = b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
+    with connect(strict.port, receive_buffer=4096) as connection:
+        connection.sendall(request * 20)
+        wait_for(lambda: connections(strict) == 2)
+        wait_for(lambda: connections(strict) == 1, 20)
+
+
+# ---- long ----
+
+
+def test_the_bounds_of_a_head_are_let_through(strict: GatewayProcess) -> None:
+    target = b"/errors/" + b"a" * (MAX_TARGET - 8)
+    assert_problem(exchange(strict.port, b"GET " + target + b" HTTP/1.1\r\n\r\n"), "not_found")
+    assert_problem(exchange(strict.port, b"GET " + target + b"a HTTP/1.1\r\n\r\n"), "uri_too_long")
+    many = b"A: b\r\n" * (MAX_HEADERS - 1)
+    assert exchange(strict.port, GET + many + b"\r\n").status_code == 200
+    assert_problem(exchange(strict.port, GET + many + b"A: b\r\n\r\n"), "headers_too_large")
+    size = MAX_HEAD - len(b"/health/live") - len(b"Host: x\r\n") - len(b"A: \r\n")
+    assert exchange(strict.port, GET + b"A: " + b"a" * size + b"\r\n\r\n").status_code == 200
+    assert_problem(exchange(strict.port, GET + b"A: " + b"a" * (size + 1) + b"\r\n\r\n"), "headers_too_large")
+
+
+@pytest.mark.parametrize(
+    ("start", "piece", "code"),
+    [
+        (GET + b"A: ", b"a" * 1000, "headers_too_large"),
+        (GET, b"A: b\r\n" * 200, "headers_too_large"),
+        (b"GET /", b"a" * 1000, "uri_too_long"),
+        (CHUNKED + b"1\r\na\r\n0\r\nT: ", b"a" * 1000, "malformed_request"),
+        (CHUNKED + b"1\r\na\r\n0\r\n", b"A: b\r\n" * 200, "malformed_request"),
+        (CHUNKED + b"1;", b"a" * 1000, "malformed_request"),
+    ],
+    ids=["header", "headers", "path", "trailer", "trailers", "chunk extension"],
+)
+def test_what_has_no_end_is_cut_off(strict: GatewayProcess, start: bytes, piece: bytes, code: str) -> None:
+    with connect(strict.port) as connection:
+        connection.sendall(start)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(100):
+                connection.sendall(piece)
+                time.sleep(0.002)
+        assert_problem(receive(connection), code)
+        assert is_closed(connection)
+
+
+# ---- many ----
+
+
+def test_too_many_connections_are_refused_and_health_still_answers(strict: GatewayProcess, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(connect(strict.port))
+        assert_problem(httpx.post(f"{strict.url}/v1/predict", content=b"x"), "too_many_connections")
+        for path in ("/health/live", "/version", "/metrics"):
+            assert httpx.get(f"{strict.url}{path}").status_code == 200
+        beyond = [stack.enter_context(connect(strict.port)) for _ in range(25)]
+        assert is_closed(beyond[-1])
+    wait_for(lambda: connections(strict) == 1)
+    assert_problem(httpx.post(f"{strict.url}/v1/predict", content=b"x", headers={"Content-Type": "image/png"}),
+                   "triton_unavailable")  # fmt: skip

@@ -1,0 +1,228 @@
+"""Every row of the table of errors is provoked on a real gateway, over a real socket.
+
+What a healthy Triton never does, a proxy before it does (tests/tampering.py); a bug in the gateway is put there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from gateway.app import create_app
+from gateway.errors import PROBLEMS
+from gateway.keys import hash_of
+from gateway.settings import Settings
+from tests.conftest import GatewayProcess, free_endpoint, wait_for
+from tests.raw_http import HEAD, connect, exchange, receive
+from tests.tampering import FAULTS, TamperingProxy
+from tests.test_preprocessing import bad_pictures
+from tests.test_problems import BAD_REQUESTS, IMAGE, assert_problem
+from triton_runtime.server import Endpoint
+
+KEY = "a key of the test"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A good gateway, one whose Triton shows faults, one that is strict and has no Triton; and a good picture."""
+
+    good: httpx.Client
+    faulty: httpx.Client
+    strict: GatewayProcess
+    jpeg: bytes
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def scene(
+    triton: Endpoint, client: httpx.Client, jpeg: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Scene]:
+    folder = tmp_path_factory.mktemp("errors")
+    limits = {"max_body_bytes": 2048, "body_timeout_s": 0.5, "headers_timeout_s": 0.5, "max_connections": 4}
+    with (
+        TamperingProxy(triton) as proxy,
+        GatewayProcess(proxy.endpoint, folder / "faulty.log", deadline_s=1.5) as faulty,
+        GatewayProcess(free_endpoint(), folder / "strict.log", api_keys=f"test:{hash_of(KEY)}", **limits) as strict,
+        httpx.Client(base_url=faulty.url, timeout=30) as to_faulty,
+    ):
+        wait_for(faulty.is_ready)
+        yield Scene(client, to_faulty, strict, jpeg, folder)
+
+
+def post(scene: Scene, body: bytes, headers: dict[str, str] | None = None, query: str = "") -> httpx.Response:
+    return scene.good.post(f"/v1/predict{query}", content=body, headers=IMAGE if headers is None else headers)
+
+
+def spoilt(scene: Scene, code: str, query: str = "") -> httpx.Response:
+    headers = {**IMAGE, "X-Request-ID": code}
+    return scene.faulty.post(f"/v1/predict{query}", content=scene.jpeg, headers=headers)
+
+
+def strict(scene: Scene, head: bytes, *rest: bytes) -> httpx.Response:
+    return exchange(scene.strict.port, head + f"X-API-Key: {KEY}\r\n".encode(), *rest)
+
+
+def too_many(scene: Scene) -> httpx.Response:
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(connect(scene.strict.port))
+        return strict(scene, HEAD, b"\r\n")
+
+
+def stopped(scene: Scene) -> httpx.Response:
+    """A body that takes longer than the gateway has when it is stopped."""
+    gateway = GatewayProcess(free_endpoint(), scene.folder / "stopped.log", grace_s=1)
+    with gateway, connect(gateway.port) as connection:
+        connection.sendall(HEAD + b"Content-Length: 100\r\nExpect: 100-continue\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 100 "), "it is being read"
+        gateway.process.terminate()
+        return receive(connection)
+
+
+def broken(_: Scene) -> httpx.Response:
+    """A route with a bug; in this process, over the ASGI interface."""
+    app = create_app(Settings())
+
+    @app.get("/errors/bug/report")
+    async def bug() -> None:
+        raise ZeroDivisionError
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            return await client.get("/errors/bug/report")
+
+    return asyncio.run(ask())
+
+
+CASES: dict[str, Callable[[Scene], httpx.Response]] = {
+    "malformed_request": lambda scene: exchange(scene.strict.port, b"\x16\x03\x01\x02"),
+    "headers_timeout": lambda scene: strict(scene, HEAD),
+    "uri_too_long": lambda scene: strict(scene, b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\n", b"\r\n"),
+    "headers_too_large": lambda scene: strict(scene, HEAD + b"X: " + b"a" * 20_000 + b"\r\n", b"\r\n"),
+    "too_many_connections": too_many,
+    "shutting_down": stopped,
+    "missing_api_key": lambda scene: exchange(scene.strict.port, HEAD + b"\r\n"),
+    "invalid_api_key": lambda scene: exchange(scene.strict.port, HEAD + b"X-API-Key: another\r\n\r\n"),
+    "not_found": lambda scene: scene.good.get("/nothing"),
+    "method_not_allowed": lambda scene: scene.good.get("/v1/predict"),
+    "body_too_large": lambda scene: strict(scene, HEAD, b"Content-Length: 5000\r\n\r\n"),
+    "body_timeout": lambda scene: strict(scene, HEAD, b"Content-Length: 1000\r\n\r\n"),
+    "unknown_release": lambda scene: post(scene, scene.jpeg, query="?model_version=defect-v999"),
+    "retired_release": lambda scene: spoilt(scene, "", "?model_version=defect-v8"),
+    "release_unavailable": lambda scene: spoilt(scene, "", "?model_version=defect-v9"),
+    "triton_unavailable": lambda scene: strict(scene, HEAD, b"Content-Length: 1\r\n\r\nx"),
+    "internal_error": broken,
+    **{code: lambda scene, code=code: spoilt(scene, code) for code in FAULTS},
+    **{
+        code: lambda scene, body=body, headers=headers: post(scene, body, headers)
+        for code, headers, body in BAD_REQUESTS.values()
+    },
+    **{code: lambda scene, data=data: post(scene, data) for code, data in bad_pictures().values() if data},
+}
+
+
+@pytest.mark.parametrize("code", PROBLEMS)
+def test_an_error_is_what_its_row_says(scene: Scene, code: str) -> None:
+    response = CASES[code](scene)
+    problem = assert_problem(response, code)
+    page = scene.good.get(problem["type"]).json()
+    seconds = page.pop("retry_after")
+    assert page.items() <= problem.items()
+    assert response.headers.get("Retry-After") == (str(seconds) if seconds else None)
+    assert ("WWW-Authenticate" in response.headers) == (response.status_code == 401)
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    assert response.headers["Cache-Control"] == "no-store"
+
+
+def test_codes_in_the_metrics_are_those_of_the_table(scene: Scene) -> None:
+    for text in (scene.good.get("/metrics").text, httpx.get(f"{scene.strict.url}/metrics").text):
+        codes = {
+            part.partition('"')[0]
+            for line in text.splitlines()
+            if line.startswith("gateway_requests_total")
+            for part in line.split('code="')[1:]
+        }
+        assert codes <= {"", *PROBLEMS}
+    assert {"missing_api_key", "headers_timeout", "malformed_request"} <= codes
+
+
+BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+
+
+@pytest.mark.parametrize("code", PROBLEMS)
+def test_a_browser_gets_a_page(client: httpx.Client, code: str) -> None:
+    page = client.get(f"/errors/{code}", headers=BROWSER)
+    assert page.headers["Content-Type"].startswith("text/html")
+    assert page.headers["Vary"] == "Accept"
+    kind = PROBLEMS[code]
+    for text in (code, str(kind.status), kind.title, kind.fault, kind.step):
+        assert text in page.text
+    assert f"<a href='/errors/{code}'>" in client.get("/errors", headers=BROWSER).text
+
+
+@pytest.mark.parametrize(
+    "accept", ["*/*", "application/json", "text/html;q=0.1, application/json", "text/html;q=0", "", "x;;=,", "text/*"]
+)
+def test_a_program_gets_json(client: httpx.Client, accept: str) -> None:
+    assert client.get("/errors/no_release", headers={"Accept": accept}).json()["code"] == "no_release"
+    assert client.get("/errors", headers={"Accept": accept}).json()[0]["code"] == next(iter(PROBLEMS))
+
+
+# ---- what HTTP servers tend to answer in their own words ----
+
+NO_HTTP = {
+    "bytes": b"\x00\x01\x02\r\n\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100),
+    "HTTP/9.9": b"GET / HTTP/9.9\r\n\r\n",
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "CONNECT": b"CONNECT a:443 HTTP/1.1\r\nHost: a\r\n\r\n",
+    "a method of its own": b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a header without colon": b"GET / HTTP/1.1\r\nHost\r\n\r\n",
+    "a folded header": b"GET / HTTP/1.1\r\nA: b\r\n c\r\n\r\n",
+    "bytes in the path": b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a chunk without length": HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n",
+    "a chunk longer than it says": HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcdef\r\n",
+    "a negative length": HEAD + b"Content-Length: -5\r\n\r\n",
+    "two lengths": HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcde",
+    "a length and chunks": HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("case", NO_HTTP)
+def test_what_is_no_http_is_a_problem(gateway: GatewayProcess, case: str) -> None:
+    assert_problem(exchange(gateway.port, NO_HTTP[case]), "malformed_request")
+
+
+@pytest.mark.parametrize("case", ["HTTP/0.9", "OPTIONS", "HEAD", "WebSocket"])
+def test_what_is_not_for_us_is_a_problem(gateway: GatewayProcess, case: str) -> None:
+    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: eA==\r\nSec-WebSocket-Version: 13\r\n"
+    request, code = {
+        "HTTP/0.9": (b"GET /\r\n\r\n", "not_found"),
+        "OPTIONS": (b"OPTIONS /v1/predict HTTP/1.1\r\nHost: x\r\n\r\n", "method_not_allowed"),
+        "HEAD": (b"HEAD /version HTTP/1.0\r\nHost: x\r\n\r\n", "method_not_allowed"),
+        "WebSocket": (b"GET /v1/predict HTTP/1.1\r\nHost: x\r\n" + upgrade + b"\r\n", "method_not_allowed"),
+    }[case]
+    if case == "HEAD":  # an answer without its body: the headers say enough
+        with connect(gateway.port) as connection:
+            connection.sendall(request)
+            head = connection.makefile("rb").read().decode()
+        assert head.startswith("HTTP/1.1 405 ")
+        assert "application/problem+json" in head
+        return
+    assert_problem(exchange(gateway.port, request), code)
+
+
+def test_garbage_after_a_request_does_not_take_its_answer(gateway: GatewayProcess) -> None:
+    with connect(gateway.port) as connection:
+        connection.sendall(HEAD + b"Content-Length: 3\r\n\r\nabcGARBAGE\r\n\r\n")
+        assert_problem(receive(connection), "image_unsupported")
+        connection.settimeout(5)
+        with contextlib.suppress(ConnectionError, socket.timeout):
+            assert connection.recv(1) == b""
