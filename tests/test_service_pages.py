@@ -169,7 +169,7 @@ def test_nothing_imports_the_gateway_and_the_steps_import_nothing() -> None:
         *(p for f in ("export", "triton_runtime", "perf") for p in (ROOT / f).rglob("*.py")),
     ]:
         assert not re.search(r"^(from|import) gateway\b", path.read_text(), re.MULTILINE), path
-    for path in (ROOT / "gateway").glob("*.py"):
+    for path in (ROOT / "gateway").rglob("*.py"):
         assert not re.search(r"^(from|import) (export|triton_runtime|perf)\b", path.read_text(), re.MULTILINE), path
     for path in Path(ROOT / "model_repository").rglob("*.py"):
         found = re.search(r"^(from|import) (contract|export|gateway|triton_runtime)\b", path.read_text(), re.MULTILINE)

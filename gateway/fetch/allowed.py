@@ -120,7 +120,7 @@ def _items(text: str) -> list[str]:
 
 
 def _entry(text: str) -> _Entry:
-    """`host`, `host:port`, `*.domain` (each https, or with http:// before it), `s3://bucket` or `gs://bucket`."""
+    """One origin; https where it names no scheme."""
     try:
         if text.startswith(("s3://", "gs://")):
             bucket = parse(f"{text}/key")
@@ -130,8 +130,9 @@ def _entry(text: str) -> _Entry:
         scheme, _, rest = text.rpartition("://")
         subdomains = rest.startswith("*.")
         origin = parse_web(f"{scheme or 'https'}://{rest.removeprefix('*.')}")
-    except Failure as failure:
-        raise ValueError(f"{text}: {failure.detail}") from None
+    except Failure:
+        expected = "host, host:port, *.domain, http://host, s3://bucket or gs://bucket"
+        raise ValueError(f"{text}: expected {expected}") from None
     if origin.target != "/" or text.endswith("/"):
         raise ValueError(f"{text}: a host, without a path")
     if subdomains and (origin.address or "." not in origin.host):

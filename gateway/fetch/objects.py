@@ -3,6 +3,7 @@
 By obstore, bindings to Rust's object_store: one package for both stores, nothing beneath it, and asynchronous to the
 bottom. It is an extra, being as large as the gateway itself. Endpoint and credentials are the operator's: obstore
 reads them from the environment (AWS_*, GOOGLE_*). A client chooses no more than the key in a bucket that is listed.
+The endpoint is trusted: obstore goes where it redirects to.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ async def get(location: StoredObject, limit: int) -> bytes:
             if len(body) + len(chunk) > limit:
                 raise too_large
             body += chunk
+    except FileNotFoundError as error:
+        raise Failure("fetch_failed", f"{location.origin} has no such object") from error
     except (BaseError, OSError) as error:
         # Its message names the endpoint and more: not for clients.
         raise Failure("fetch_failed", f"{location.origin} did not give the object ({type(error).__name__})") from error
