@@ -13,7 +13,7 @@ import uvicorn
 from gateway import __version__, logs
 from gateway.access import require_safe
 from gateway.app import create_app
-from gateway.connection import bounded
+from gateway.connection import bounded, reserve_files
 from gateway.keys import ApiKeys
 from gateway.metrics import Metrics
 from gateway.settings import Settings
@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         keys = ApiKeys.of(settings)
         require_safe(settings, keys)
+        reserve_files(settings)
     except ValueError as error:
         raise SystemExit(f"gateway: {error}") from None
     metrics = Metrics()

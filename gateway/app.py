@@ -105,6 +105,8 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
         metrics.predicted(body.model_version, body.route)
         log["release"], log["route"], log["label"] = body.model_version, body.route, body.label
         log["timing_ms"] = body.timing_ms.model_dump()
+        if picture.url is not None:
+            log["fetch_ms"] = round(judged.fetch_s * 1e3, 3)
         if judged.answer.passed_over:
             log["passed_over"] = str(judged.answer.passed_over)
         headers = {"Server-Timing": views.server_timing(body.timing_ms)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import socket
 from typing import Any
 
@@ -30,6 +31,22 @@ MAX_HEADERS = 100
 def bounded(settings: Settings, metrics: Metrics) -> type[asyncio.Protocol]:
     """The class that uvicorn makes one of for each connection."""
     return type("BoundedConnection", (Connection,), {"settings": settings, "metrics": metrics})
+
+
+def reserve_files(settings: Settings) -> None:
+    """Have this process be allowed as many open files as there may be connections, and some.
+
+    Raises:
+        ValueError: the system does not allow so many.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * settings.max_connections + 100
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ValueError(
+            f"GATEWAY_MAX_CONNECTIONS={settings.max_connections}: needs {needed} open files, allowed are {hard}"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class Connection(HttpToolsProtocol):

@@ -35,6 +35,7 @@ class Judged:
     metadata: Metadata
     began: float
     ended: float
+    fetch_s: float
 
 
 class Service:
@@ -83,12 +84,12 @@ class Service:
             Failure: there is no answer.
         """
         candidates = self.router.choose(picture.pin, picture.metadata, headers)
-        data = picture.data
+        data, asked = picture.data, time.monotonic()
         if picture.url is not None:
-            data = await self.fetcher.fetch(picture.url, asker.deadline - time.monotonic())
+            data = await self.fetcher.fetch(picture.url, asker.deadline - asked)
         began = time.monotonic()
         answer = await predict(self.dispatcher, candidates, data, asker)
-        return Judged(answer, data, picture.metadata, began, time.monotonic())
+        return Judged(answer, data, picture.metadata, began, time.monotonic(), began - asked)
 
     async def compare(self, judged: Judged, request_id: str) -> None:
         """Run an answered request once more where it is to be compared; returns at once."""

@@ -18,10 +18,12 @@ from gateway.access import require_safe
 from gateway.errors import Failure
 from gateway.keys import ApiKeys, Key, hash_of
 from gateway.settings import Settings
-from tests.conftest import ROOT, GatewayProcess, free_endpoint, wait_for
+from tests.conftest import ROOT, GatewayProcess, free_endpoint, free_port, wait_for
 from tests.raw_http import exchange
 from tests.test_errors import BROWSER
 from tests.test_problems import IMAGE, assert_problem
+from triton_runtime.server import TritonFailed
+from triton_runtime.stack import SAMPLE, Gateway
 
 CLOSED = ("/v1/releases", "/v1/releases/defect-v1/report", "/nothing")
 OPEN = ("/health/live", "/version", "/metrics", "/errors", "/errors/no_release", "/docs", "/openapi.json")
@@ -251,6 +253,20 @@ def test_a_certificate_that_cannot_be_used_is_one_line(certificate: tuple[Path, 
     assert "No such file" in refusal(tls_certificate=tmp_path / "none.pem", tls_key=key)
     assert "GATEWAY_TLS_CERTIFICATE, GATEWAY_TLS_KEY: " in refusal(tls_certificate=key, tls_key=path)
     assert "GATEWAY_TLS_CERTIFICATE, GATEWAY_TLS_KEY: None" in refusal(tls_key=key)
+
+
+def test_make_serve_proves_itself_with_keys_and_tls_too(
+    certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATEWAY_TLS_CERTIFICATE", str(certificate[0]))
+    monkeypatch.setenv("GATEWAY_TLS_KEY", str(certificate[1]))
+    monkeypatch.setenv("GATEWAY_API_KEYS", f"c:{hash_of('k')}")
+    with (
+        Gateway(free_endpoint(), "127.0.0.1", free_port()) as gateway,
+        pytest.raises(TritonFailed, match="triton_unavailable"),  # so it was let in
+    ):
+        gateway.predict(SAMPLE, timeout=4)
+    assert gateway.url.startswith("https://")
 
 
 # ---- headers ----

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import resource
 import select
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +18,7 @@ import httpx
 import pytest
 
 from gateway.connection import MAX_HEAD, MAX_HEADERS, MAX_TARGET
-from tests.conftest import GatewayProcess, free_endpoint, wait_for
+from tests.conftest import ROOT, GatewayProcess, free_endpoint, free_port, wait_for
 from tests.raw_http import HEAD, connect, exchange, is_closed, receive
 from tests.test_problems import assert_problem
 
@@ -161,3 +165,16 @@ def test_too_many_connections_are_refused_and_health_still_answers(strict: Gatew
     wait_for(lambda: connections(strict) == 1)
     assert_problem(httpx.post(f"{strict.url}/v1/predict", content=b"x", headers={"Content-Type": "image/png"}),
                    "triton_unavailable")  # fmt: skip
+
+
+def test_there_may_be_as_many_open_files_as_connections(tmp_path: Path) -> None:
+    limits = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 2100))}
+    command, environment = [sys.executable, "-m", "gateway"], {**os.environ, "GATEWAY_PORT": str(free_port())}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, **limits) as gateway:
+        assert gateway.stdout is not None
+        assert b"starting" in gateway.stdout.readline()
+        assert resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE) == (2100, 2100)
+        gateway.terminate()
+    environment["GATEWAY_MAX_CONNECTIONS"] = "1001"
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, **limits)
+    assert run.stderr == "gateway: GATEWAY_MAX_CONNECTIONS=1001: needs 2102 open files, allowed are 2100\n"

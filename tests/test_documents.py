@@ -6,11 +6,12 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from gateway.errors import PROBLEMS
+from gateway.errors import PROBLEMS, Problem
 from gateway.schemas import PredictResponse, Timing
 from tests.conftest import ROOT
 
@@ -32,15 +33,19 @@ def test_links_paths_and_targets_exist(page: Path) -> None:
     assert not re.search(r"\b[A-Z]+_HERE\b", text)
 
 
-def test_the_clients_page_lists_every_code_with_its_status() -> None:
+def test_the_clients_page_is_the_table_of_errors() -> None:
     text = (ROOT / "docs/clients.md").read_text()
-    documented: dict[str, set[int]] = {}
-    for statuses, codes in re.findall(r"^\| ([\d, ]+) \| (.+?) \|", text, re.MULTILINE):
+    documented = []
+    for statuses, codes, again, turn in re.findall(r"^\| ([\d, ]+) \| (.+?) \| (.+?) \| (.+?) \|$", text, re.MULTILINE):
         for code in re.findall(r"`(\w+)`", codes):
-            documented[code] = {int(status) for status in statuses.split(", ")}
-    assert set(documented) == set(PROBLEMS)
-    for code, statuses in documented.items():
-        assert PROBLEMS[code].status in statuses, code
+            documented.append(code)
+            kind = PROBLEMS[code]
+            assert str(kind.status) in statuses.split(", "), code
+            seconds = f"after {kind.retry_after} s" if kind.retry_after else "at once"
+            assert again == (seconds if kind.retryable else "no"), code
+            assert turn.startswith("yours" if kind.fault == "client" else "ours"), code
+    assert sorted(documented) == sorted(PROBLEMS)
+    assert all(f"`{kind.step}`" in text for kind in PROBLEMS.values())
 
 
 def test_the_clients_page_shows_the_answer_and_a_problem_as_they_are() -> None:
@@ -50,7 +55,8 @@ def test_the_clients_page_shows_the_answer_and_a_problem_as_they_are() -> None:
     assert list(answer) == list(PredictResponse.model_fields)
     assert list(answer["timing_ms"]) == list(Timing.model_fields)
     kind = PROBLEMS[problem["code"]]
-    assert (problem["status"], problem["title"], problem["advice"]) == (kind.status, kind.title, kind.advice)
+    assert list(problem) == list(Problem.model_fields)
+    assert asdict(kind).items() - {("retry_after", None)} <= problem.items()
 
 
 def test_the_operations_page_shows_the_settings_as_help_does() -> None:
