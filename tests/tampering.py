@@ -27,6 +27,7 @@ def _wrong_digest(_: grpc.ServicerContext, answer: pb.ModelInferResponse) -> Non
 FAULTS: dict[str, Fault] = {
     "inference_failed": lambda context, _: context.abort(grpc.StatusCode.INTERNAL, "Stub process is not healthy"),
     "no_release": lambda context, _: context.abort(grpc.StatusCode.NOT_FOUND, "unknown model"),
+    "overloaded": lambda context, _: context.abort(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size"),
     "deadline_exceeded": lambda *_: time.sleep(2),
     "invalid_answer": lambda _, answer: answer.ClearField("outputs"),
     "provenance_mismatch": _wrong_digest,

@@ -21,6 +21,7 @@ from gateway.keys import hash_of
 from gateway.settings import Settings
 from tests.conftest import GatewayProcess, free_endpoint, wait_for
 from tests.raw_http import HEAD, connect, exchange, receive
+from tests.ssrf.servers import Server, drip, response
 from tests.tampering import FAULTS, TamperingProxy
 from tests.test_preprocessing import bad_pictures
 from tests.test_problems import BAD_REQUESTS, IMAGE, assert_problem
@@ -31,13 +32,40 @@ KEY = "a key of the test"
 
 @dataclass(frozen=True)
 class Scene:
-    """A good gateway, one whose Triton shows faults, one that is strict and has no Triton; and a good picture."""
+    """A good gateway, one whose Triton shows faults and that may fetch pictures from `web`, one that is strict and has
+    no Triton; and a good picture."""
 
     good: httpx.Client
     faulty: httpx.Client
     strict: GatewayProcess
+    web: str
     jpeg: bytes
     folder: Path
+
+
+PLACES = {
+    "/page": response(b"<html>", kind="text/html"),
+    "/gone": response(b"", status="404 Not Found"),
+    "/never": drip(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", 0.1),
+}
+
+
+def fetching(web: Server, jpeg: bytes) -> dict[str, object]:
+    """Settings with which pictures are fetched from `web` and from a bucket."""
+    return {
+        "deadline_s": 1.5,
+        "image_hosts": f"http://127.0.0.1:{web.port},s3://parcels",
+        "image_private_networks": "127.0.0.0/8",
+        "image_timeout_s": 0.5,
+        "max_body_bytes": len(jpeg),
+    }
+
+
+def without_obstore(patch: pytest.MonkeyPatch, folder: Path) -> dict[str, object]:
+    """Hide the package from processes that start from now on. No settings."""
+    (folder / "obstore.py").write_text("raise ModuleNotFoundError('obstore')")
+    patch.setenv("PYTHONPATH", str(folder))
+    return {}
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +76,16 @@ def scene(
     limits = {"max_body_bytes": 2048, "body_timeout_s": 0.5, "headers_timeout_s": 0.5, "max_connections": 4}
     with (
         TamperingProxy(triton) as proxy,
-        GatewayProcess(proxy.endpoint, folder / "faulty.log", deadline_s=1.5) as faulty,
+        Server(response(b"x" * (len(jpeg) + 1)), PLACES) as web,
+        pytest.MonkeyPatch.context() as patch,
+        GatewayProcess(
+            proxy.endpoint, folder / "faulty.log", **without_obstore(patch, folder), **fetching(web, jpeg)
+        ) as faulty,
         GatewayProcess(free_endpoint(), folder / "strict.log", api_keys=f"test:{hash_of(KEY)}", **limits) as strict,
         httpx.Client(base_url=faulty.url, timeout=30) as to_faulty,
     ):
         wait_for(faulty.is_ready)
-        yield Scene(client, to_faulty, strict, jpeg, folder)
+        yield Scene(client, to_faulty, strict, f"http://127.0.0.1:{web.port}", jpeg, folder)
 
 
 def post(scene: Scene, body: bytes, headers: dict[str, str] | None = None, query: str = "") -> httpx.Response:
@@ -63,6 +95,10 @@ def post(scene: Scene, body: bytes, headers: dict[str, str] | None = None, query
 def spoilt(scene: Scene, code: str, query: str = "") -> httpx.Response:
     headers = {**IMAGE, "X-Request-ID": code}
     return scene.faulty.post(f"/v1/predict{query}", content=scene.jpeg, headers=headers)
+
+
+def located(scene: Scene, url: str) -> httpx.Response:
+    return scene.faulty.post("/v1/predict", json={"image_url": url})
 
 
 def strict(scene: Scene, head: bytes, *rest: bytes) -> httpx.Response:
@@ -119,6 +155,13 @@ CASES: dict[str, Callable[[Scene], httpx.Response]] = {
     "release_unavailable": lambda scene: spoilt(scene, "", "?model_version=defect-v9"),
     "triton_unavailable": lambda scene: strict(scene, HEAD, b"Content-Length: 1\r\n\r\nx"),
     "internal_error": broken,
+    "url_invalid": lambda scene: located(scene, f"{scene.web}/a b"),
+    "url_not_allowed": lambda scene: located(scene, "https://example.com/a.jpg"),
+    "fetch_unsupported": lambda scene: located(scene, f"{scene.web}/page"),
+    "fetch_too_large": lambda scene: located(scene, f"{scene.web}/large"),
+    "fetch_failed": lambda scene: located(scene, f"{scene.web}/gone"),
+    "fetch_timeout": lambda scene: located(scene, f"{scene.web}/never"),
+    "fetch_not_installed": lambda scene: located(scene, "s3://parcels/a.jpg"),
     **{code: lambda scene, code=code: spoilt(scene, code) for code in FAULTS},
     **{
         code: lambda scene, body=body, headers=headers: post(scene, body, headers)
@@ -128,13 +171,28 @@ CASES: dict[str, Callable[[Scene], httpx.Response]] = {
 }
 
 
-@pytest.mark.parametrize("code", PROBLEMS)
+@pytest.mark.parametrize("code", [code for code in PROBLEMS if code != "client_gone"])
 def test_an_error_is_what_its_row_says(scene: Scene, code: str) -> None:
     response = CASES[code](scene)
     problem = assert_problem(response, code)
     page = scene.good.get(problem["type"]).json()
     seconds = page.pop("retry_after")
     assert page.items() <= problem.items()
+    assert_typed(response, seconds)
+
+
+def test_a_client_that_left_is_an_error_in_the_log_alone(scene: Scene) -> None:
+    with connect(scene.strict.port) as connection:
+        head = HEAD + f"X-API-Key: {KEY}\r\nX-Request-ID: gone\r\nContent-Length: 1000\r\n\r\n".encode()
+        connection.sendall(head + b"x")
+    wait_for(lambda: '"request_id": "gone"' in scene.strict.log.read_text())
+    (line,) = [line for line in scene.strict.log.read_text().splitlines() if '"request_id": "gone"' in line]
+    assert '"code": "client_gone"' in line
+    assert scene.good.get("/errors/client_gone").json()["status"] == 499
+
+
+def assert_typed(response: httpx.Response, seconds: int | None) -> None:
+    """The headers that every error has; `seconds` is what its row says of trying again."""
     assert response.headers.get("Retry-After") == (str(seconds) if seconds else None)
     assert ("WWW-Authenticate" in response.headers) == (response.status_code == 401)
     assert response.headers["X-Content-Type-Options"] == "nosniff"

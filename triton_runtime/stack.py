@@ -6,9 +6,11 @@ What `make serve` runs. Gateway and watcher are processes like any other here; n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
+import random
 import secrets
 import signal
 import socket
@@ -31,10 +33,15 @@ SAMPLE = ROOT / "examples" / "parcel-damaged.jpg"
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of the loopback interface that nothing listens on now.
+
+    Below those that the system gives to outgoing connections, which could take it before its server does.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def free_endpoint() -> Endpoint:
