@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 DATA ?= ../shared/data/parcels
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve rollback test lint export openapi train perf perf-drops perf-tools
@@ -25,8 +26,9 @@ serve: setup ## Run Triton and the gateway; Ctrl-C stops both
 rollback: setup ## Have the release before the stable one answer again
 	@$(RUN) -m gateway.rollback
 
-test: setup export perf-tools ## Run all tests
-	$(RUN) -m pytest
+test: setup export perf-tools ## Run all tests, WORKERS=2 at a time but for those that want the machine to themselves
+	$(RUN) -m pytest -m 'not alone' -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -m alone
 
 lint: setup ## Check style and types (ruff, mypy)
 	$(VENV)/bin/ruff check .

@@ -45,6 +45,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.05)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker is left with one of them when the others are done."""
+    longest = ("test_release_cycles.py", "test_drops.py")
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+
+
 class GatewayProcess:
     """`python -m gateway` as a user runs it; `log` is where its lines go."""
 

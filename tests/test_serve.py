@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.conftest import ROOT, free_endpoint, free_port
 from tests.test_triton_runtime import leftovers
 
 
+@pytest.mark.alone
 def test_serve_gets_ready_from_a_clone_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     repository = Path(shutil.copytree(ROOT / "model_repository", tmp_path / "model_repository"))
     for built in repository.glob("*/*/model.onnx"):

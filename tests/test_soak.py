@@ -56,6 +56,7 @@ def test_too_few_samples_are_no_verdict() -> None:
         soak.judge(MEMORY, "gateway", [(0, 1.0), (10, 2.0), (20, 3.0)])
 
 
+@pytest.mark.alone
 def test_a_short_soak_of_the_whole_stack(
     tiny: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -286,6 +286,7 @@ def parent(folder: Path) -> int:
         return -1
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_cleanly_and_nothing_is_left(pristine: Path, number: int) -> None:
     before = leftovers()
@@ -302,6 +303,7 @@ def test_a_signal_ends_it_cleanly_and_nothing_is_left(pristine: Path, number: in
     assert not list(pristine.rglob("__pycache__"))
 
 
+@pytest.mark.alone
 def test_a_server_that_dies_is_reported_and_not_restarted(pristine: Path) -> None:
     before = leftovers()
     with embedded(pristine, free_endpoint()) as (process, server):
@@ -313,6 +315,7 @@ def test_a_server_that_dies_is_reported_and_not_restarted(pristine: Path) -> Non
     assert leftovers() == before
 
 
+@pytest.mark.alone
 def test_a_server_whose_parent_is_killed_ends_too(pristine: Path) -> None:
     with embedded(pristine, free_endpoint()) as (process, server):
         process.kill()
