@@ -11,6 +11,7 @@ Inference has no effects, so a call that failed because of a server is made agai
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -31,6 +32,11 @@ _RETRIES_EARNED = 0.1
 """Retries are a tenth of the answers at most, so that a failing server is not buried under them; some are saved up."""
 _RECENT = 0.2
 """Weight of the newest call in what calls are expected to take."""
+_CAUTION = 1.25
+"""So many times longer than expected an answer may take: who is let in on the edge is answered late as often as not."""
+
+
+logger = logging.getLogger("gateway.dispatch")
 
 
 @dataclass(eq=False)
@@ -54,9 +60,10 @@ class Lane:
         self.line = Line()
         self.calls: set[Call] = set()
         self.knees: defaultdict[Replica, Knee] = defaultdict(Knee)
-        self._call_s = 0.0
+        self.call_s = 0.0
+        """How long a call takes."""
         self._picture_s = 0.0
-        """Of a call, how long for each of its pictures."""
+        """The same, for each of its pictures."""
 
     def room(self, replica: Replica) -> int:
         """How many more calls a replica may get."""
@@ -64,18 +71,29 @@ class Lane:
 
     def expected(self, client: str, replicas: list[Replica]) -> float:
         """Seconds until an answer for one more request of a client."""
-        ahead = min(len(self.line), self.line.of(client) * max(1, self.line.clients)) + 1
+        own = self.line.of(client)
+        clients = self.line.clients + (not own)
+        ahead = min(len(self.line) + 1, (own + 1) * clients)
         slots = sum(self.knees[replica].limit for replica in replicas) or 1
-        return ahead * self._picture_s / slots + self._call_s
+        return ahead * self._picture_s / slots + self.call_s
+
+    def is_too_late(self, waiting: Waiting) -> bool:
+        """Whether a call made now is expected to end after the deadline. Never where that could not be found out."""
+        return bool(self.calls) and time.monotonic() + self.call_s > waiting.deadline
 
     def learn(self, call: Call) -> None:
-        """A call ended, by its answer or by its deadline."""
+        """A call was answered."""
         seconds = time.monotonic() - call.sent
-        weight = _RECENT if self._call_s else 1.0
-        self._call_s += weight * (seconds - self._call_s)
+        weight = _RECENT if self.call_s else 1.0
+        self.call_s += weight * (seconds - self.call_s)
         self._picture_s += weight * (seconds / len(call.group) - self._picture_s)
         if call.had_to_wait:
             self.knees[call.replica].observe(seconds, len(call.group))
+
+    def learn_at_least(self, call: Call) -> None:
+        """A call was given up, which says something only if it took longer than others do."""
+        if time.monotonic() - call.sent > self.call_s:
+            self.learn(call)
 
 
 class Dispatcher:
@@ -107,22 +125,23 @@ class Dispatcher:
         """Refuse a request that would wait too long, or with too many others.
 
         Raises:
-            Failure: overloaded.
+            Failure: overloaded, deadline_exceeded.
         """
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise Failure("deadline_exceeded", "the time for this request is over")
         lane = self._lanes.get(release)
         if lane is None or not lane.line:
             return
         expected = lane.expected(client, self._fleet.available())
-        clients = lane.line.clients + (not lane.line.of(client))
-        size = sum(other.line.bytes for other in self._lanes.values())
-        if self.waiting >= self._settings.max_waiting or size >= self._settings.max_waiting_bytes:
+        if self._is_full() and lane.line.last_of_longer(client) is None:
             raise Failure("overloaded", f"{self.waiting} requests wait already", retry_after=expected)
-        if lane.line.of(client) * clients >= self._settings.max_waiting:
-            raise Failure("overloaded", f"{lane.line.of(client)} of your requests wait already", retry_after=expected)
-        left = max(0.0, deadline - time.monotonic())
-        if expected > left:
-            detail = f"an answer would take {expected:.2g} s, {left:.2g} s are left"
-            raise Failure("overloaded", detail, retry_after=expected - left)
+        if expected * _CAUTION > left:
+            raise _too_late(expected, left)
+
+    def _is_full(self, more: int = 1) -> bool:
+        size = sum(lane.line.bytes for lane in self._lanes.values())
+        return self.waiting + more > self._settings.max_waiting or size > self._settings.max_waiting_bytes
 
     async def infer(self, release: str, picture: bytes, request_id: str, client: str, deadline: float) -> Ran:
         """Run one picture through a release, together with others where they wait together.
@@ -141,9 +160,15 @@ class Dispatcher:
         waiting = Waiting(picture, request_id, client, deadline)
         lane.line.add(waiting)
         self._pump(lane)
+        while self._is_full(0) and (other := lane.line.last_of_longer(client)):
+            lane.line.remove(other)
+            _fail(other, Failure("overloaded", "another client's turn came first", retry_after=lane.call_s))
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                return await waiting.answer
+                ran = await waiting.answer
+            if time.monotonic() > deadline:  # it came while the process was busy, and before its alarm
+                raise TimeoutError
+            return ran
         except TimeoutError:
             raise Failure("deadline_exceeded", "the time for this request is over") from None
         finally:
@@ -173,7 +198,9 @@ class Dispatcher:
             if replica is None or lane.room(replica) <= 0:
                 return
             most = min(self._settings.group, replica.max_batch(lane.release))
-            group = lane.line.take(most, self._settings.group_bytes)
+            group = self._in_time(lane, lane.line.take(most, self._settings.group_bytes))
+            if not group:
+                continue
             call = Call(replica, group, had_to_wait=len(group) > 1 or bool(lane.line))
             for waiting in group:
                 waiting.call = call
@@ -181,6 +208,15 @@ class Dispatcher:
             replica.calls += 1
             self._metrics.called(len(group))
             call.task = asyncio.create_task(self._run(lane, call))
+            # Not at the end of the task itself: one that is cancelled at once never begins.
+            call.task.add_done_callback(lambda _, call=call: self._ended(lane, call))  # type: ignore[misc]
+
+    def _in_time(self, lane: Lane, group: list[Waiting]) -> list[Waiting]:
+        """Those who still want an answer and can have one; the others are refused."""
+        for waiting in group:
+            if lane.is_too_late(waiting):
+                _fail(waiting, _too_late(lane.call_s, waiting.deadline - time.monotonic()))
+        return [waiting for waiting in group if not waiting.answer.done()]
 
     async def _run(self, lane: Lane, call: Call) -> None:
         group = call.group
@@ -197,22 +233,33 @@ class Dispatcher:
             lane.learn(call)
         except TritonError as error:
             self._failed(lane, call, error)
-        except asyncio.CancelledError:
-            if call.is_lost:
-                self._again(lane, call, TritonError(grpc.StatusCode.UNAVAILABLE, "its server was given up"))
         except MalformedAnswer as error:
             for waiting in group:
                 _fail(waiting, error)
-        finally:
-            lane.calls.discard(call)
-            call.replica.calls -= 1
-            self._pump(lane)
+
+    def _ended(self, lane: Lane, call: Call) -> None:
+        assert call.task is not None
+        lane.calls.discard(call)
+        call.replica.calls -= 1
+        if call.is_lost:
+            self._again(lane, call, TritonError(grpc.StatusCode.UNAVAILABLE, "its server was given up"))
+        elif call.task.cancelled():
+            lane.learn_at_least(call)
+        elif error := call.task.exception():
+            logger.error("unexpected failure", exc_info=error)
+            for waiting in call.group:
+                _fail(waiting, error)
+        self._pump(lane)
 
     def _failed(self, lane: Lane, call: Call, error: TritonError) -> None:
         if error.status is grpc.StatusCode.DEADLINE_EXCEEDED:
-            lane.learn(call)
+            lane.learn_at_least(call)
             for waiting in call.group:
                 _fail(waiting, Failure("deadline_exceeded", "the time for this request is over"))
+        elif error.is_queue_full:  # by others than this gateway: each of the group alone would make it worse
+            lane.knees[call.replica].full()
+            for waiting in call.group:
+                _fail(waiting, Failure("overloaded", f"{call.replica.url}: {error.detail}", retry_after=lane.call_s))
         elif error.is_of_the_server:
             call.replica.suspect(lane.release, str(error))
             self._again(lane, call, error, alone=error.status is grpc.StatusCode.INTERNAL)
@@ -223,7 +270,7 @@ class Dispatcher:
 
     def _again(self, lane: Lane, call: Call, error: TritonError, alone: bool = False) -> None:
         for waiting in call.group:
-            if waiting.answer.done():
+            if waiting.answer.done() or waiting.call is not call:  # it may be on its way again already
                 continue
             waiting.attempts += 1
             waiting.is_alone |= alone
@@ -248,6 +295,11 @@ class Dispatcher:
             self._pump(lane)
 
 
-def _fail(waiting: Waiting, error: Exception) -> None:
+def _too_late(expected: float, left: float) -> Failure:
+    detail = f"an answer would take {expected:.2g} s, {max(0.0, left):.2g} s are left"
+    return Failure("overloaded", detail, retry_after=max(0.0, expected - left))
+
+
+def _fail(waiting: Waiting, error: BaseException) -> None:
     if not waiting.answer.done():
         waiting.answer.set_exception(error)

@@ -79,6 +79,11 @@ class Line:
         if own is not None and not own:
             del self._by_client[waiting.client]
 
+    def last_of_longer(self, client: str) -> Waiting | None:
+        """The last request of the client with the most that wait, should it leave them more than this client has."""
+        longest = max(self._by_client.values(), key=len, default=deque[Waiting]())
+        return longest[-1] if len(longest) > self.of(client) + 1 else None
+
     def everyone(self) -> list[Waiting]:
         """All that wait."""
         return [*self._again, *(waiting for queue in self._by_client.values() for waiting in queue)]
@@ -97,19 +102,19 @@ class Line:
         while len(group) < most and self._again and fits(self._again[0]):
             group.append(self._again.popleft())
             size += len(group[-1].picture)
-        passed_over = 0
-        while len(group) < most and self._by_client and passed_over < len(self._by_client):
-            client, queue = next(iter(self._by_client.items()))
+        passed_over: list[tuple[str, deque[Waiting]]] = []
+        while len(group) < most and self._by_client:
+            client, queue = self._by_client.popitem(last=False)
             if not fits(queue[0]):
-                passed_over += 1
-            else:
-                passed_over = 0
-                group.append(queue.popleft())
-                size += len(group[-1].picture)
+                passed_over.append((client, queue))
+                continue
+            group.append(queue.popleft())
+            size += len(group[-1].picture)
             if queue:
-                self._by_client.move_to_end(client)
-            else:
-                del self._by_client[client]
+                self._by_client[client] = queue
+        for client, queue in reversed(passed_over):  # their turn stays: the next group begins with them
+            self._by_client[client] = queue
+            self._by_client.move_to_end(client, last=False)
         for waiting in group:
             self._left(waiting)
         return group

@@ -84,7 +84,7 @@ async def _ask(dispatcher: Dispatcher, candidate: Candidate, picture: bytes, ask
     try:
         ran = await dispatcher.infer(release.name, picture, asker.request_id, asker.client, asker.deadline)
     except TritonError as error:
-        code = "overloaded" if error.is_queue_full else _FAILURES.get(error.status, "inference_failed")
+        code = _FAILURES.get(error.status, "inference_failed")
         if code == "no_release" and candidate.route == "pinned":
             code = "release_unavailable"
         raise Failure(code, f"{release.name}: {error}") from error

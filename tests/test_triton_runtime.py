@@ -104,7 +104,7 @@ def test_the_configuration_is_what_the_design_asks_for(pristine: Path, release: 
         ("postprocess", group.KIND_CPU),
     ):
         model = read(f"defect_{step}")
-        assert model.HasField("dynamic_batching")
+        assert model.dynamic_batching.default_queue_policy.max_queue_size > 0
         assert [g.kind for g in model.instance_group] == [kind]
         assert list(model.version_policy.specific.versions) == [1]
     assert {w.batch_size for w in read("defect_classifier").model_warmup} == {

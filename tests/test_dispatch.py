@@ -1,0 +1,303 @@
+"""Requests that wait share calls of a real Triton, in a fair order, and what is given up costs it nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from gateway.dispatch import Dispatcher
+from gateway.errors import Failure
+from gateway.fleet import Fleet
+from gateway.line import Line, Ran, Waiting
+from gateway.metrics import Metrics
+from gateway.settings import Settings
+from gateway.triton import Inference, TritonError
+from tests.test_preprocessing import bad_pictures
+from triton_runtime.server import Endpoint
+
+RELEASE = "defect-v1"
+
+
+class Lab:
+    """Fleet and dispatcher as the gateway has them, without HTTP in front."""
+
+    def __init__(self, triton: Endpoint, **settings: Any) -> None:
+        self.settings = Settings(triton_urls=(triton.grpc_url,), **settings)
+        self.metrics = Metrics()
+        self.triton = triton
+        self.fleet = Fleet(self.settings)
+        self.dispatcher = Dispatcher(self.fleet, self.settings, self.metrics)
+
+    async def ask(self, picture: bytes, client: str = "one", within: float = 60.0) -> Inference:
+        ran = await self.dispatcher.infer(RELEASE, picture, "request", client, time.monotonic() + within)
+        assert isinstance(ran, Ran)
+        return ran.inference
+
+    def sizes(self) -> tuple[int, int]:
+        """Calls made, and pictures in them."""
+        lines = dict(line.split() for line in self.metrics.page().decode().splitlines() if line[0] != "#")
+        return int(float(lines["gateway_call_pictures_count"])), int(float(lines["gateway_call_pictures_sum"]))
+
+    async def rest(self) -> None:
+        """Wait until nothing waits and nothing is on its way, as must be soon after the last request ended."""
+        async with asyncio.timeout(5):
+            while self.dispatcher.waiting or any(self.dispatcher.calls().values()):
+                await asyncio.sleep(0.01)
+        assert [replica.calls for replica in self.fleet.replicas] == [0]
+
+
+def inferred(triton: Endpoint, step: str) -> int:
+    """Pictures that a step of this Triton worked on, by its own statistics."""
+    stats = httpx.get(f"http://127.0.0.1:{triton.http}/v2/models/defect_{step}/versions/1/stats").json()
+    return int(stats["model_stats"][0]["inference_count"])
+
+
+@pytest.fixture
+def lab(triton: Endpoint) -> Callable[..., None]:
+    """Run a coroutine with a lab of these settings; afterwards nothing is left over."""
+
+    def run(work: Callable[[Lab], Coroutine[Any, Any, None]], **settings: Any) -> None:
+        async def main() -> None:
+            lab = Lab(triton, **settings)
+            await lab.fleet.start()
+            try:
+                async with asyncio.timeout(20):
+                    while not lab.fleet.replicas[0].serves(RELEASE):
+                        await asyncio.sleep(0.05)
+                await work(lab)
+                await lab.rest()
+            finally:
+                await lab.dispatcher.close()
+                await lab.fleet.close()
+
+        asyncio.run(main())
+
+    return run
+
+
+async def outcome(answer: Awaitable[Inference]) -> Inference | str:
+    try:
+        return await answer
+    except Failure as failure:
+        return failure.code
+
+
+def test_each_picture_in_a_crowd_gets_its_own_answer(lab: Callable[..., None], photographs: list[Path]) -> None:
+    good = [path.read_bytes() for path in photographs[:24]]
+    bad = [data for _, data in bad_pictures().values() if data][:8]
+    pictures = [*good, *bad] * 2
+    random.Random(3).shuffle(pictures)
+
+    async def work(lab: Lab) -> None:
+        alone = {picture: await lab.ask(picture) for picture in dict.fromkeys(pictures)}
+        calls, asked = lab.sizes()
+        assert calls == asked == len(alone)
+        together = await asyncio.gather(*(lab.ask(picture) for picture in pictures))
+        calls, asked = lab.sizes()
+        assert asked == len(alone) + len(pictures)
+        assert calls - len(alone) <= len(pictures) / 2
+        for picture, inference in zip(pictures, together, strict=True):
+            expected = alone[picture]
+            assert inference.error == expected.error
+            if not expected.error:
+                assert inference.label == expected.label
+                assert inference.confidence == pytest.approx(expected.confidence, abs=1e-4)
+        assert sum(bool(inference.error) for inference in together) == 2 * len(bad)
+
+    lab(work)
+
+
+def test_a_group_that_fails_is_split(lab: Callable[..., None], jpeg: bytes) -> None:
+    async def work(lab: Lab) -> None:
+        (known,) = [each for each in lab.fleet.replicas[0].releases.known if each.name == RELEASE]
+        known.max_batch = 64  # Triton takes 8: it refuses the call
+        answers = await asyncio.gather(*(lab.ask(jpeg) for _ in range(24)))
+        assert all(not answer.error for answer in answers)
+        assert "gateway_retries_total 0.0" not in lab.metrics.page().decode()
+
+    lab(work, group=64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "max_batch", "most"),
+    [({"group": 1}, 8, 1), ({"group": 3}, 8, 3), ({}, 1, 1), ({"group_bytes": 1}, 8, 1)],
+    ids=["never", "three", "a model without batches", "large pictures"],
+)
+def test_groups_have_bounds(
+    lab: Callable[..., None], jpeg: bytes, settings: dict[str, int], max_batch: int, most: int
+) -> None:
+    async def work(lab: Lab) -> None:
+        (known,) = [each for each in lab.fleet.replicas[0].releases.known if each.name == RELEASE]
+        known.max_batch = max_batch
+        await asyncio.gather(*(lab.ask(jpeg) for _ in range(18)))
+        assert lab.sizes()[0] >= 18 / most
+        buckets = dict(line.split() for line in lab.metrics.page().decode().splitlines() if "pictures_bucket" in line)
+        assert (
+            buckets[f'gateway_call_pictures_bucket{{le="{most}.0"}}']
+            == buckets['gateway_call_pictures_bucket{le="+Inf"}']
+        )
+
+    lab(work, **settings)
+
+
+def test_a_flood_of_one_client_leaves_the_others_their_share(lab: Callable[..., None], jpeg: bytes) -> None:
+    async def work(lab: Lab) -> None:
+        flood = [asyncio.create_task(outcome(lab.ask(jpeg, "flood"))) for _ in range(150)]
+        await asyncio.sleep(0.05)
+        few = await asyncio.gather(*(lab.ask(jpeg, "few") for _ in range(10)))
+        assert len(few) == 10  # there was no room for them: the flood made it
+        done = [task.result() for task in flood if task.done()]
+        assert sum(isinstance(result, Inference) for result in done) < 75
+        assert done.count("overloaded") > 150 - 100 - 20
+        await asyncio.gather(*flood)
+
+    lab(work, max_waiting=100)
+
+
+def test_a_full_room_refuses_at_once(lab: Callable[..., None], jpeg: bytes) -> None:
+    async def work(lab: Lab) -> None:
+        async def timed() -> tuple[Inference | str, float]:
+            started = time.monotonic()
+            return await outcome(lab.ask(jpeg)), time.monotonic() - started
+
+        results = await asyncio.gather(*(timed() for _ in range(60)))
+        refused = [seconds for result, seconds in results if result == "overloaded"]
+        answered = [seconds for result, seconds in results if isinstance(result, Inference)]
+        assert len(refused) + len(answered) == 60
+        assert 5 <= len(answered) <= 20
+        assert max(refused) < min(answered)
+
+    lab(work, max_waiting=5)
+    lab(work, max_waiting_bytes=5 * len(jpeg))
+
+
+def test_what_is_abandoned_while_it_waits_costs_nothing(lab: Callable[..., None], jpeg: bytes) -> None:
+    async def work(lab: Lab) -> None:
+        before = inferred(lab.triton, "classifier")
+        tasks = [asyncio.create_task(lab.ask(jpeg)) for _ in range(120)]
+        await asyncio.sleep(0.03)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await lab.rest()
+        assert inferred(lab.triton, "classifier") - before <= 20
+
+    lab(work)
+
+
+def test_whenever_requests_are_abandoned_nothing_is_left_over(lab: Callable[..., None], jpeg: bytes) -> None:
+    async def work(lab: Lab) -> None:
+        chance = random.Random(5)
+
+        async def leave_early() -> None:
+            with_patience = asyncio.wait_for(lab.ask(jpeg), chance.choice([0.0, 0.001, 0.02, 0.1, 30]))
+            try:
+                await with_patience
+            except TimeoutError:
+                pass
+
+        for _ in range(6):
+            await asyncio.gather(*(leave_early() for _ in range(30)))
+            await lab.rest()
+        assert not (await lab.ask(jpeg)).error
+
+    lab(work)
+
+
+def test_a_deadline_ends_the_work_in_triton_too(lab: Callable[..., None], jpeg: bytes) -> None:
+    async def work(lab: Lab) -> None:
+        await asyncio.gather(*(lab.ask(jpeg) for _ in range(16)))  # how long it takes is known now
+        before = inferred(lab.triton, "classifier")
+
+        async def timed() -> tuple[Inference | str, float]:
+            started = time.monotonic()
+            return await outcome(lab.ask(jpeg, within=0.3)), time.monotonic() - started
+
+        results = await asyncio.gather(*(timed() for _ in range(200)))
+        await lab.rest()
+        answered = [seconds for result, seconds in results if isinstance(result, Inference)]
+        refused = [seconds for result, seconds in results if result == "overloaded"]
+        late = [seconds for result, seconds in results if result == "deadline_exceeded"]
+        assert len(answered) + len(refused) + len(late) == 200
+        assert all(seconds <= 0.3 for seconds in answered)
+        assert sorted(refused)[len(refused) // 2] < 0.1
+        assert len(refused) > 100
+        assert inferred(lab.triton, "classifier") - before <= len(answered) + len(late)
+        with pytest.raises(Failure, match="deadline_exceeded"):
+            await lab.ask(jpeg, within=-1)
+
+    lab(work)
+
+
+def test_an_unknown_release_is_refused(lab: Callable[..., None], jpeg: bytes) -> None:
+    async def work(lab: Lab) -> None:
+        with pytest.raises(TritonError, match="NOT_FOUND"):
+            await lab.dispatcher.infer("defect-v9", jpeg, "request", "one", time.monotonic() + 5)
+
+    lab(work)
+
+
+# ---- the line ----
+
+
+def line(*waiting: tuple[str, int]) -> Line:
+    made = Line()
+    for client, size in waiting:
+        made.add(Waiting(bytes(size), f"{client}{size}", client, 0.0, answer=None))  # type: ignore[arg-type]
+    return made
+
+
+def names(group: list[Waiting]) -> list[str]:
+    return [waiting.request_id for waiting in group]
+
+
+def test_clients_take_turns() -> None:
+    waiting = line(("a", 1), ("a", 2), ("a", 3), ("b", 1), ("b", 2), ("c", 1))
+    assert names(waiting.take(4, 99)) == ["a1", "b1", "c1", "a2"]
+    assert names(waiting.take(4, 99)) == ["b2", "a3"]
+    assert len(waiting) == waiting.bytes == 0
+
+
+def test_who_does_not_fit_into_a_group_begins_the_next() -> None:
+    waiting = line(("b", 1), ("a", 50), ("c", 1), ("b", 2), ("c", 2), ("b", 3), ("c", 3))
+    assert names(waiting.take(2, 9)) == ["b1", "c1"]
+    assert names(waiting.take(2, 9)) == ["a50"]
+    assert names(waiting.take(9, 9)) == ["b2", "c2", "b3"]
+    assert names(waiting.take(9, 9)) == ["c3"]
+
+
+def test_what_is_put_back_is_next_and_alone_where_it_must() -> None:
+    waiting = line(("a", 1), ("b", 2), ("b", 3))
+    first, second = waiting.take(2, 99)
+    second.is_alone = True
+    waiting.put_back(second)
+    waiting.put_back(first)
+    assert (len(waiting), waiting.bytes) == (3, 6)
+    assert names(waiting.take(9, 99)) == ["b2"]
+    assert names(waiting.take(9, 99)) == ["a1", "b3"]
+
+
+def test_what_leaves_is_forgotten_wherever_it_waits() -> None:
+    waiting = line(("a", 1), ("b", 2), ("b", 3))
+    (first,) = waiting.take(1, 99)
+    waiting.put_back(first)
+    for each in waiting.everyone():
+        waiting.remove(each)
+        waiting.remove(each)
+    assert (len(waiting), waiting.bytes, waiting.clients) == (0, 0, 0)
+
+
+def test_the_room_is_made_by_who_has_the_most_of_it() -> None:
+    waiting = line(("a", 1), ("a", 2), ("a", 3), ("b", 4))
+    last = waiting.last_of_longer("c")
+    assert last is not None
+    assert last.request_id == "a3"
+    assert waiting.last_of_longer("b") is not None
+    assert waiting.last_of_longer("a") is None

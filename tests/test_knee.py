@@ -1,0 +1,99 @@
+"""The number of calls at once settles where more would only wait, on simulated servers: calls at once -> seconds."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+import statistics
+from collections import deque
+
+import pytest
+
+from gateway.knee import Knee
+
+
+class Server:
+    """Works on `workers` calls at once, the others wait; a call of eight pictures takes about `seconds`."""
+
+    def __init__(self, workers: int, noise: float, seconds: float = 0.1) -> None:
+        self.workers, self.seconds = workers, seconds
+        self._noise = noise
+        self._random = random.Random(7)
+        self._waiting: deque[tuple[float, int]] = deque()
+        self._working: list[tuple[float, float, int]] = []
+        self._now = 0.0
+
+    @property
+    def capacity(self) -> float:
+        """Calls of eight pictures a second."""
+        return self.workers / (self.seconds * math.exp(self._noise**2 / 2))
+
+    def run(self, knee: Knee, calls: int, sizes: tuple[int, ...] = (8,)) -> tuple[float, float]:
+        """Keep it at the limit for so many calls: the mean limit, and pictures / 8 a second, of the last third."""
+        limits, done, began = [], 0.0, 0.0
+        for number in range(calls):
+            while len(self._waiting) + len(self._working) < knee.limit:
+                self._waiting.append((self._now, self._random.choice(sizes)))
+            while self._waiting and len(self._working) < self.workers:
+                sent, pictures = self._waiting.popleft()
+                takes = self.seconds * pictures / 8 * self._random.lognormvariate(0, self._noise)
+                heapq.heappush(self._working, (self._now + takes, sent, pictures))
+            self._now, sent, pictures = heapq.heappop(self._working)
+            knee.observe(self._now - sent, pictures)
+            if number < calls * 2 // 3:
+                began = self._now
+            else:
+                limits.append(knee.limit)
+                done += pictures / 8
+        return statistics.mean(limits), done / (self._now - began)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("workers", [1, 2, 4, 16, 64])
+def test_the_limit_settles_at_the_knee(workers: int, noise: float) -> None:
+    server = Server(workers, noise)
+    limit, rate = server.run(Knee(), 6000)
+    assert limit <= workers * 1.3 + 3
+    assert rate >= 0.8 * server.capacity
+
+
+def test_the_limit_follows_a_server_that_changes() -> None:
+    knee, server = Knee(), Server(16, noise=0.1)
+    before, _ = server.run(knee, 3000)
+    server.workers = 4
+    after, rate = server.run(knee, 3000)
+    assert before > 12
+    assert after < 8
+    assert rate >= 0.8 * server.capacity
+    server.workers = 16
+    again, rate = server.run(knee, 5000)
+    assert again > 12
+    assert rate >= 0.8 * server.capacity
+
+
+def test_the_limit_survives_a_server_that_gets_slower_for_good() -> None:
+    """Another model takes four times as long: that is no queue, once it was seen with few calls at once."""
+    knee, server = Knee(), Server(8, noise=0.1)
+    server.run(knee, 3000)
+    server.seconds *= 4
+    limit, rate = server.run(knee, 8000)
+    assert limit <= 8 * 1.3 + 3
+    assert rate >= 0.8 * server.capacity
+
+
+def test_groups_of_different_sizes_are_compared_with_their_own_kind() -> None:
+    knee, server = Knee(), Server(8, noise=0.1)
+    limit, rate = server.run(knee, 6000, sizes=(1, 2, 3, 8))
+    assert limit <= 8 * 1.3 + 3
+    assert rate >= 0.8 * server.capacity
+
+
+def test_a_full_queue_halves_the_limit() -> None:
+    knee = Knee()
+    before, _ = Server(32, noise=0.0).run(knee, 3000)
+    knee.full()
+    assert knee.limit <= before / 2 + 1
+    for _ in range(10):
+        knee.full()
+    assert knee.limit == 2
