@@ -12,6 +12,7 @@ import uvicorn
 
 from gateway import __version__, logs
 from gateway.app import create_app
+from gateway.protocol import ProblemProtocol
 from gateway.settings import Settings
 
 
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         create_app(settings),
         host=settings.host,
         port=settings.port,
+        http=ProblemProtocol,
         access_log=False,
         log_config=None,
         server_header=False,

@@ -34,6 +34,7 @@ class Kind:
 
 PROBLEMS: dict[str, Kind] = {
     # The request could not be read.
+    "invalid_http": Kind(400, "The bytes are not an HTTP request", "Speak HTTP/1.1; check the client, or a proxy."),
     "missing_body": Kind(400, "The request has no body", "Send a picture, in one of the three documented forms."),
     "invalid_json": Kind(400, "The body is not JSON", "Send one JSON object, encoded as UTF-8."),
     "invalid_base64": Kind(
