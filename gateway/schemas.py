@@ -14,6 +14,10 @@ Role = Literal["stable", "canary", "shadow"]
 Metadata = dict[Annotated[str, Field(min_length=1, max_length=64)], MetadataValue]
 
 
+_BASE64 = "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{4}|[A-Za-z0-9+/]{3}=|[A-Za-z0-9+/]{2}==)$"
+"""At least one byte. For the OpenAPI document; decoding it is the check."""
+
+
 class PredictRequest(BaseModel):
     """The JSON form of a request."""
 
@@ -21,7 +25,7 @@ class PredictRequest(BaseModel):
 
     image: StrictStr = Field(
         description="The picture file (JPEG, PNG, WebP, BMP, GIF or TIFF), in standard base64.",
-        json_schema_extra={"contentEncoding": "base64"},
+        json_schema_extra={"contentEncoding": "base64", "pattern": _BASE64},
     )
     metadata: Metadata = Field(
         default={}, description="A flat object that comes back in the answer unchanged.", examples=[{"parcel": "A-17"}]
