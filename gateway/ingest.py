@@ -37,10 +37,16 @@ OPENAPI_REQUEST_BODY = {
                 "properties": {
                     "image": {"type": "string", "format": "binary", "description": "The picture file."},
                     "image_url": {"type": "string", "description": "Where the picture is, as in the JSON form."},
-                    "metadata": {"type": "string", "description": "A flat JSON object, as in the JSON form."},
+                    "metadata": {
+                        "type": "string",
+                        "contentMediaType": "application/json",
+                        "contentSchema": {"$ref": "#/components/schemas/PredictRequest/properties/metadata"},
+                        "description": "A flat JSON object, as in the JSON form.",
+                    },
                     "model_version": {"type": "string", "description": "The release to ask, as in the JSON form."},
                 },
-            }
+            },
+            "encoding": {"image": {"contentType": "image/*"}},
         },
         "image/*": {"schema": {"type": "string", "format": "binary", "description": "The picture file itself."}},
     },

@@ -26,6 +26,9 @@ Role = Literal["stable", "canary", "shadow"]
 Metadata = dict[Annotated[str, Field(min_length=1, max_length=64)], MetadataValue]
 
 
+_BASE64 = "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{4}|[A-Za-z0-9+/]{3}=|[A-Za-z0-9+/]{2}==)$"
+"""At least one byte. For the OpenAPI document; decoding it is the check."""
+
 ONE_PICTURE = [{"required": ["image"]}, {"required": ["image_url"]}]
 """For `oneOf`: the picture, or where it is."""
 
@@ -44,7 +47,7 @@ class PredictRequest(BaseModel):
     image: StrictStr = Field(
         default="",
         description="The picture file (JPEG, PNG, WebP, BMP, GIF or TIFF), in standard base64.",
-        json_schema_extra={"contentEncoding": "base64"},
+        json_schema_extra={"contentEncoding": "base64", "pattern": _BASE64},
     )
     image_url: StrictStr = Field(
         default="",

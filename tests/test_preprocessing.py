@@ -15,6 +15,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from tests.conftest import EXAMPLES, ROOT
+from tests.fuzzing import handmade
 from tests.offline import PREPROCESSING
 
 PictureError = PREPROCESSING.PictureError
@@ -180,6 +181,12 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 2**20) + b"IDAT" + zlib.compress(bytes(1000))
 
 
+def with_scans(side: int, more: int) -> bytes:
+    """A progressive JPEG that repeats its last scan, of a few bytes: each costs a pass over the whole picture."""
+    jpeg = encode(Image.new("L", (side, side), 128), "JPEG", progressive=True)
+    return jpeg[:-2] + jpeg[jpeg.rindex(b"\xff\xda") : -2] * more + jpeg[-2:]
+
+
 def bad_pictures() -> dict[str, tuple[str, bytes]]:
     good = encode(Image.open(EXAMPLES[0]), "JPEG")
     webp = encode(Image.open(EXAMPLES[0]), "WEBP")
@@ -198,6 +205,8 @@ def bad_pictures() -> dict[str, tuple[str, bytes]]:
         "a PNG signature": ("image_corrupt", b"\x89PNG\r\n\x1a\n"),
         "a bomb of 100 megapixels": ("image_too_large", png_header(10_000, 10_000)),
         "a bomb of 4 gigapixels": ("image_too_large", png_header(65_535, 65_535)),
+        "a bomb of 2,000 scans": ("image_too_large", with_scans(64, 2000)),
+        "a palette picture without a palette": ("image_corrupt", handmade.png(8, 8, bytes(9 * 8), colour=3)),
     }
 
 
@@ -217,6 +226,21 @@ def test_pixels_are_limited_before_decoding() -> None:
     assert preprocess(encode(Image.new("1", (side, side)), "PNG")).shape == (224, 224, 3)
     with pytest.raises(PictureError, match="image_too_large"):
         preprocess(encode(Image.new("1", (side + 1, side)), "PNG"))
+
+
+def test_scans_are_limited_by_the_work_they_make() -> None:
+    """A few more than usual are decoded; the larger the picture, the fewer may be."""
+    assert preprocess(with_scans(64, 900)).shape == (224, 224, 3)
+    assert preprocess(with_scans(2500, 100)).shape == (224, 224, 3)
+    with pytest.raises(PictureError, match="in more than 160 scans"):
+        preprocess(with_scans(2500, 200))
+
+
+def test_what_only_looks_like_scans_is_none() -> None:
+    """Behind the picture, or inside a block of metadata, as the thumbnail of a camera is."""
+    marker = b"\xff\xda\0\2" * 2000
+    jpeg = encode(quadrants(), "JPEG", comment=marker, quality=95)
+    assert (preprocess(jpeg + marker) == preprocess(encode(quadrants(), "JPEG", quality=95))).all()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])

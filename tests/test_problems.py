@@ -8,6 +8,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from http.client import HTTPResponse
 from typing import Any
 
 import httpx
@@ -202,9 +203,14 @@ def test_a_client_that_leaves_half_way_harms_nobody(gateway: GatewayProcess) -> 
 @pytest.mark.parametrize(
     "garbage", [b"\x00\x01\x02\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01"]
 )
-def test_what_is_no_http_harms_nobody(gateway: GatewayProcess, garbage: bytes) -> None:
+def test_what_is_no_http_is_a_problem(gateway: GatewayProcess, garbage: bytes) -> None:
     with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
         connection.sendall(garbage)
+        answer = HTTPResponse(connection)
+        answer.begin()
+        response = httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
+        assert_problem(response, "malformed_request")
+        assert connection.recv(1) == b""  # and the connection is closed
 
 
 # ---- other paths and methods ----

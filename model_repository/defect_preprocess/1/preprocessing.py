@@ -6,7 +6,8 @@ of the project, keeps no state, and runs on Python 3.10 (NVIDIA's 24.10 image) a
 
 The steps, in order:
 
-1. Recognise the format from the header (`FORMATS`), and refuse more than `MAX_PIXELS` before decoding.
+1. Recognise the format from the header (`FORMATS`), and refuse more than `MAX_PIXELS`, or a JPEG of more than
+   `MAX_SCANNED`, before decoding.
 2. Decode. JPEG is decoded at the smallest DCT scale (1/1, 1/2, 1/4, 1/8) that is not below the target,
    which costs a fraction of a full decode. Of an animation or a multi-page file, the first picture counts.
 3. Bring every Pillow mode to L, RGB or RGBA:
@@ -34,6 +35,7 @@ The steps, in order:
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -41,12 +43,22 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 MAX_PIXELS = 50_000_000
 """Width x height above which a picture is refused unread: four times a 12-megapixel camera frame."""
 
+MAX_SCANNED = 20 * MAX_PIXELS
+"""Width x height x scans above which a JPEG is refused unread; so are more than `MAX_SCANS`. Each scan is decoded
+over the whole picture, and may be a few bytes long: without a limit, 20 MB would keep a processor for hours."""
+
+MAX_SCANS = 1000
+"""A progressive JPEG has about ten."""
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """Pillow's names of what is decoded. JPEG includes MPO, the several pictures in one .jpg of many phones."""
 
 Image.init()  # register the plugins now, so that the first request does not pay for it
 
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"BM", b"GIF8", b"II*\x00", b"MM\x00*")
+_START_OF_SCAN, _END_OF_PICTURE = b"\xda", b"\xd9"
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+"""Of a JPEG, the next one; in the compressed data of a scan only stuffed zeros and restarts follow an 0xFF."""
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -63,7 +75,7 @@ class PictureError(ValueError):
     """A picture that cannot be used, with a stable `code` that reaches the client.
 
     `image_empty`: no bytes. `image_unsupported`: in none of `FORMATS`. `image_truncated`: the file ends
-    early. `image_corrupt`: of a known format, but broken. `image_too_large`: over `MAX_PIXELS`.
+    early. `image_corrupt`: of a known format, but broken. `image_too_large`: over `MAX_PIXELS` or `MAX_SCANNED`.
     """
 
     CODES = ("image_empty", "image_unsupported", "image_truncated", "image_corrupt", "image_too_large")
@@ -117,7 +129,20 @@ def _open(data: bytes) -> Image.Image:
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise PictureError("image_too_large", f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
+    most = min(MAX_SCANS, MAX_SCANNED // (width * height))
+    # Counting bytes is a thousand times faster than reading markers, and can only count too many.
+    if picture.format in ("JPEG", "MPO") and data.count(b"\xff" + _START_OF_SCAN) > most and _scans(data, most) > most:
+        raise PictureError("image_too_large", f"{width} x {height} in more than {most} scans")
     return picture
+
+
+def _scans(data: bytes, most: int) -> int:
+    """Scans of the first picture of a JPEG file, counted up to one more than `most`."""
+    count, position = 0, 2
+    while count <= most and (marker := _MARKER.search(data, position)) and marker[1] != _END_OF_PICTURE:
+        count += marker[1] == _START_OF_SCAN
+        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return count
 
 
 def _decode(picture: Image.Image, size: int) -> int:
@@ -161,6 +186,9 @@ def _canonical(picture: Image.Image) -> Image.Image:
         return picture.convert("L" if mode == "1" else "RGB")
     except (ValueError, OSError, ImageCms.PyCMSError) as error:
         raise PictureError("image_unsupported", f"pixels of mode {mode} cannot be converted to RGB") from error
+    except AssertionError as error:
+        # Pillow's, for a palette picture without a palette. Anything but a PictureError would fail the whole batch.
+        raise _broken(b"", error) from error
 
 
 def _from_lab(picture: Image.Image) -> Image.Image:

@@ -1,0 +1,1 @@
+"""What `make fuzz` sends to the whole stack: broken pictures, and requests made from the OpenAPI document."""

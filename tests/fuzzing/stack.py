@@ -1,0 +1,107 @@
+"""Triton and a gateway for fuzzing, and what must not change however bad the input is: processes, memory, segments."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from tests.conftest import GatewayProcess, wait_for
+from triton_runtime.installation import SHARED_MEMORY_FOLDER
+from triton_runtime.server import Endpoint, TritonServer
+from triton_runtime.stack import ROOT, free_endpoint
+
+GROWTH = 64 * 2**20
+"""Bytes that a process may grow by without it being a leak: what malloc keeps after the largest pictures varies."""
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """One look at the servers. Memory is what belongs to a process alone (USS), in bytes, by process id."""
+
+    stubs: dict[int, int]
+    servers: dict[int, int]
+    shared: int
+    in_flight: int
+    failures: dict[str, int]
+    """Model -> requests that Triton counts as failed."""
+    successes: int
+    """Pictures that Triton counts as answered by the release."""
+
+    def worsened(self, before: Vitals, sent: int) -> list[str]:
+        """What is worse than before, after `sent` pictures that Triton must have seen."""
+        found = []
+        if self.stubs.keys() != before.stubs.keys():
+            found.append(f"stubs died: {sorted(before.stubs)} became {sorted(self.stubs)}")
+        was = before.stubs | before.servers
+        for pid, bytes_ in (self.stubs | self.servers).items():
+            if (growth := bytes_ - was.get(pid, bytes_)) > GROWTH:
+                found.append(f"process {pid} grew by {growth / 2**20:.0f} MiB")
+        if self.shared > before.shared + GROWTH:
+            found.append(f"shared memory grew by {(self.shared - before.shared) / 2**20:.0f} MiB")
+        if self.in_flight:
+            found.append(f"{self.in_flight} predictions are still in flight")
+        found += [
+            f"{model}: {n - before.failures[model]} failed requests"
+            for model, n in self.failures.items()
+            if n > before.failures[model]
+        ]
+        if (counted := self.successes - before.successes) != sent:
+            found.append(f"Triton counts {counted} pictures, {sent} were sent")
+        return found
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A running Triton and gateway."""
+
+    url: str
+    gateway: int
+    triton: int
+    endpoint: Endpoint
+
+    def vitals(self) -> Vitals:
+        """Look at the servers now."""
+        triton = psutil.Process(self.triton)
+        stubs = [child for child in triton.children(recursive=True) if "python_backend_stub" in child.name()]
+        statistics = httpx.get(self.endpoint.url("/v2/models/stats"), timeout=10).json()["model_stats"]
+        metrics = httpx.get(f"{self.url}/metrics", timeout=10).text
+        in_flight = re.search(r"^gateway_in_flight (\S+)$", metrics, re.MULTILINE)
+        assert in_flight, metrics
+        release = httpx.get(f"{self.url}/version", timeout=10).json()["pipeline"]["stable"]
+        return Vitals(
+            stubs={stub.pid: stub.memory_full_info().uss for stub in stubs},
+            servers={pid: psutil.Process(pid).memory_full_info().uss for pid in (self.triton, self.gateway)},
+            shared=sum(path.stat().st_blocks * 512 for path in SHARED_MEMORY_FOLDER.glob("triton_*")),
+            in_flight=int(float(in_flight[1])),
+            failures={model["name"]: model["inference_stats"]["fail"]["count"] for model in statistics},
+            successes=sum(m["inference_stats"]["success"]["count"] for m in statistics if m["name"] == release),
+        )
+
+
+@contextlib.contextmanager
+def running(triton: Endpoint, triton_pid: int) -> Iterator[Stack]:
+    """A gateway of its own in front of a Triton.
+
+    Its deadline is long: many large pictures at once take their time, and deadlines have tests of their own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log.jsonl")
+        with GatewayProcess(triton, log, deadline_s=120, log_level="error") as gateway:
+            wait_for(gateway.is_ready)
+            yield Stack(gateway.url, gateway.process.pid, triton_pid, triton)
+
+
+@contextlib.contextmanager
+def started() -> Iterator[Stack]:
+    """A Triton on this checkout's repository, and a gateway."""
+    with TritonServer(ROOT / "model_repository", free_endpoint()) as server:
+        server.wait_until_ready()
+        with running(server.endpoint, server.process.pid) as stack:
+            yield stack
