@@ -15,7 +15,7 @@ from contract import Manifest
 from export.repository import Repository
 from perf import attribution, client, steps
 from perf.analyzer import WINDOWS, Analyzer
-from perf.contenders import limit
+from perf.bench.contenders import limit
 from perf.load import Load
 from perf.serving import Serving
 

@@ -29,9 +29,10 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from perf import pictures, plot
+from perf import plot
 from perf.analyzer import PerfError
-from perf.services import Service, stack
+from perf.bench import pictures
+from perf.bench.services import Service, stack
 from triton_runtime.installation import Missing
 from triton_runtime.server import TritonFailed, TritonServer
 from triton_runtime.signals import Stopped, unwind_on_signals

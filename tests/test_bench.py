@@ -15,12 +15,14 @@ import pytest
 from PIL import Image
 
 from export.repository import Repository
-from perf import bench, pictures, plot, services, targets
+from perf import plot
 from perf.analyzer import PerfError
-from perf.contenders import inprocess, limit
-from perf.services import BENTOML, LITSERVE, MOSEC, PLAIN, STACK, TUNED
-from perf.targets import BARE, LIMIT, TRITON, Target
-from perf.wrk import Bodies, Load, Run
+from perf.bench import __main__ as bench
+from perf.bench import pictures, services, targets
+from perf.bench.contenders import inprocess, limit
+from perf.bench.services import BENTOML, LITSERVE, MOSEC, PLAIN, STACK, TUNED
+from perf.bench.targets import BARE, LIMIT, TRITON, Target
+from perf.bench.wrk import Bodies, Load, Run
 from tests.conftest import EXAMPLES, wait_for
 from tests.offline import Offline
 
@@ -166,7 +168,7 @@ def test_a_plot_has_a_line_a_name() -> None:
 @pytest.fixture
 def figures(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`python -m perf.bench` for a second; what it wrote, by contender and form."""
-    monkeypatch.setattr("perf.bench.unwind_on_signals", lambda: None)
+    monkeypatch.setattr("perf.bench.__main__.unwind_on_signals", lambda: None)
     monkeypatch.setenv("COLUMNS", "120")
 
     def run(*arguments: str) -> dict[tuple[str, str], dict]:

@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from perf.analyzer import PerfError
-from perf.contenders.work import environment
+from perf.bench.contenders.work import environment
 from triton_runtime.server import Endpoint, TritonServer, die_with_parent
 from triton_runtime.stack import ROOT, SAMPLE, Gateway, free_endpoint, free_port
 
@@ -34,14 +34,14 @@ PYTHON = ROOT / ".venv-contenders" / "bin" / "python"
 """Of the environment with LitServe, BentoML and mosec."""
 
 _COMMANDS = {
-    TUNED: [sys.executable, "-m", "perf.contenders.inprocess", "tuned", "{port}"],
-    PLAIN: [sys.executable, "-m", "perf.contenders.inprocess", "plain", "{port}"],
-    LITSERVE: [str(PYTHON), "-m", "perf.contenders.litserve_app", "{port}"],
+    TUNED: [sys.executable, "-m", "perf.bench.contenders.inprocess", "tuned", "{port}"],
+    PLAIN: [sys.executable, "-m", "perf.bench.contenders.inprocess", "plain", "{port}"],
+    LITSERVE: [str(PYTHON), "-m", "perf.bench.contenders.litserve_app", "{port}"],
     BENTOML: [
-        *(str(PYTHON), "-m", "bentoml", "serve", "perf.contenders.bentoml_app:Contender"),
+        *(str(PYTHON), "-m", "bentoml", "serve", "perf.bench.contenders.bentoml_app:Contender"),
         *("--host", "127.0.0.1", "--port", "{port}"),
     ],
-    MOSEC: [str(PYTHON), "-m", "perf.contenders.mosec_app", "--address", "127.0.0.1", "--port", "{port}"],
+    MOSEC: [str(PYTHON), "-m", "perf.bench.contenders.mosec_app", "--address", "127.0.0.1", "--port", "{port}"],
 }
 _PATIENCE_S = 60.0
 

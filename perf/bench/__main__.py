@@ -27,12 +27,13 @@ from export.exam import Rules
 from export.release import Examiner
 from export.repository import Repository, RepositoryError
 from export.steps import Step
-from perf import analyzer, pictures, plot, targets
+from perf import analyzer, plot
 from perf.analyzer import PerfError
-from perf.contenders import limit
-from perf.services import BASE, BENTOML, LITSERVE, MOSEC, PLAIN, STACK, TUNED, listening, require
-from perf.targets import BARE, INT8, LIMIT, REDUCED_DECODE, TARGETS, TRITON, Target
-from perf.wrk import Bodies, Load, Run, wrk
+from perf.bench import pictures, targets
+from perf.bench.contenders import limit
+from perf.bench.services import BASE, BENTOML, LITSERVE, MOSEC, PLAIN, STACK, TUNED, listening, require
+from perf.bench.targets import BARE, INT8, LIMIT, REDUCED_DECODE, TARGETS, TRITON, Target
+from perf.bench.wrk import Bodies, Load, Run, wrk
 from triton_runtime.installation import Missing
 from triton_runtime.server import TritonFailed
 from triton_runtime.signals import Stopped, unwind_on_signals

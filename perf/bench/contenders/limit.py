@@ -1,6 +1,6 @@
 """The limit: processes that do nothing but prepare pictures and run the model. No server, no protocol, no waiting.
 
-`python -m perf.contenders.limit --seconds 5 --batch 4 PREPROCESSING MODEL PICTURES...` prints pictures a second.
+`python -m perf.bench.contenders.limit --seconds 5 --batch 4 PREPROCESSING MODEL PICTURES...` prints pictures a second.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
-from perf.contenders.work import CORES, Work, load_preprocess
+from perf.bench.contenders.work import CORES, Work, load_preprocess
 
 _Job = tuple[Path, Path, list[Path], int, float]
 _start: Barrier
@@ -70,7 +70,7 @@ def bare(preprocessing: Path, model: Path, pictures: list[Path], *, seconds: flo
 
 def main() -> None:
     """One measurement."""
-    parse = argparse.ArgumentParser(prog="python -m perf.contenders.limit", description=__doc__)
+    parse = argparse.ArgumentParser(prog="python -m perf.bench.contenders.limit", description=__doc__)
     parse.add_argument("preprocessing", type=Path, help="preprocessing.py")
     parse.add_argument("model", type=Path, help="model.onnx")
     parse.add_argument("pictures", type=Path, nargs="+")

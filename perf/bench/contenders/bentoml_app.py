@@ -1,7 +1,7 @@
 """BentoML, as its guide has it for the processor: a worker a core, and adaptive batching in each.
 
-`python -m bentoml serve perf.contenders.bentoml_app:Contender --port PORT`, in the contenders' environment. As every
-batchable API of BentoML it answers with a list.
+`python -m bentoml serve perf.bench.contenders.bentoml_app:Contender --port PORT`, in the contenders' environment. As
+every batchable API of BentoML it answers with a list.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Self
 import bentoml
 from starlette.requests import Request
 
-from perf.contenders.work import Work, picture_of
+from perf.bench.contenders.work import Work, picture_of
 
 
 class Pictures(bentoml.IODescriptor):

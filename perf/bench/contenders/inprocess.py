@@ -1,4 +1,4 @@
-"""FastAPI with ONNX Runtime in its own process: `python -m perf.contenders.inprocess plain|tuned PORT`.
+"""FastAPI with ONNX Runtime in its own process: `python -m perf.bench.contenders.inprocess plain|tuned PORT`.
 
 `plain` is how one writes it at first: default session, Pillow's full decode, the work in FastAPI's thread pool.
 `tuned` is what careful work makes of it: this project's preprocessing, one thread a call without spinning, as many
@@ -20,7 +20,7 @@ from fastapi import FastAPI, Request
 from PIL import Image
 from pydantic import BaseModel
 
-from perf.contenders.work import CORES, Work, load_preprocess, picture_of
+from perf.bench.contenders.work import CORES, Work, load_preprocess, picture_of
 
 
 class Answer(BaseModel):

@@ -1,6 +1,6 @@
 """LitServe, as its guide to fast CPU serving has it: a worker a core, and as many processes that speak HTTP.
 
-`python -m perf.contenders.litserve_app PORT`, in the contenders' environment.
+`python -m perf.bench.contenders.litserve_app PORT`, in the contenders' environment.
 """
 # No postponed annotations: LitServe reads the request's type from the signature.
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import litserve
 from fastapi import Depends, Request
 
-from perf.contenders.work import CORES, Work, picture_of
+from perf.bench.contenders.work import CORES, Work, picture_of
 
 
 async def _picture(request: Request) -> bytes:

@@ -10,8 +10,8 @@ from typing import Literal
 
 from rich.table import Table
 
-from perf.services import BASE, BENTOML, LITSERVE, MOSEC, PLAIN, STACK, TUNED
-from perf.wrk import Load, Run
+from perf.bench.services import BASE, BENTOML, LITSERVE, MOSEC, PLAIN, STACK, TUNED
+from perf.bench.wrk import Load, Run
 
 LIMIT, BARE, TRITON = "limit", "bare", "triton"
 

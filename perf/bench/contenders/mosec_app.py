@@ -1,13 +1,13 @@
 """mosec: a worker a core that takes what waits as one batch, behind mosec's own HTTP server.
 
-`python -m perf.contenders.mosec_app --port PORT`, in the contenders' environment.
+`python -m perf.bench.contenders.mosec_app --port PORT`, in the contenders' environment.
 """
 
 from __future__ import annotations
 
 import mosec
 
-from perf.contenders.work import CORES, Work, picture_of
+from perf.bench.contenders.work import CORES, Work, picture_of
 
 
 class Contender(mosec.Worker):

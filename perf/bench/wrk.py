@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perf.analyzer import PerfError
-from perf.services import Service
+from perf.bench.services import Service
 from triton_runtime.stack import ROOT
 
 NOTHING = float("nan")
@@ -71,7 +71,7 @@ def wrk(service: Service, contender: str, load: Load, number: int, bodies: Bodie
     """
     environment = {**os.environ, "BENCH_BODIES": ":".join(map(str, bodies.files)), "BENCH_TYPE": bodies.media_type}
     command = ["wrk", "-t1", f"-c{load.connections}", f"-d{seconds}s", "--timeout", "30s"]
-    command += ["-s", str(ROOT / "perf/wrk.lua"), service.url]
+    command += ["-s", str(ROOT / "perf/bench/wrk.lua"), service.url]
     with service.awake():
         before = service.cpu_seconds()
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
