@@ -14,6 +14,7 @@ import asyncio
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 
 import grpc
 
@@ -43,7 +44,9 @@ class Call:
     sent: float = field(default_factory=time.monotonic)
     task: asyncio.Task[None] | None = None
     is_lost: bool = False
-    """Given up because of its replica: its pictures go to another one."""
+    """Cancelled because of its replica: its pictures go to another one."""
+    is_given_up: bool = False
+    """Nobody waits for it any more."""
 
 
 class Lane:
@@ -55,6 +58,8 @@ class Lane:
         self.calls: set[Call] = set()
         self.knees: defaultdict[Replica, Knee] = defaultdict(Knee)
         self._call_s = 0.0
+        self._answered_s = 0.0
+        """Of those that were answered, not given up."""
         self._picture_s = 0.0
         """Of a call, how long for each of its pictures."""
 
@@ -69,13 +74,25 @@ class Lane:
         return ahead * self._picture_s / slots + self._call_s
 
     def learn(self, call: Call) -> None:
-        """A call ended, by its answer or by its deadline."""
+        """A call ended. One that was given up would have taken longer still."""
         seconds = time.monotonic() - call.sent
+        if call.is_given_up and seconds < self._call_s:
+            return
         weight = _RECENT if self._call_s else 1.0
         self._call_s += weight * (seconds - self._call_s)
+        if not call.is_given_up:
+            self._answered_s += weight * (seconds - self._answered_s)
         self._picture_s += weight * (seconds / len(call.group) - self._picture_s)
         if call.had_to_wait:
             self.knees[call.replica].observe(seconds, len(call.group))
+
+    def left_after_giving_up(self, call: Call) -> float:
+        """Seconds for which a call that was given up keeps its place: until it would usually have been answered.
+
+        Triton drops it only between two steps. What waits for its first step is worked on for nobody, and clients
+        that leave would fill that queue without end.
+        """
+        return max(0.0, call.sent + self._answered_s - time.monotonic())
 
 
 class Dispatcher:
@@ -169,18 +186,21 @@ class Dispatcher:
                     lane.line.remove(waiting)
                     _fail(waiting, error)
                 return
-            replica = max(having, key=lane.room, default=None)
-            if replica is None or lane.room(replica) <= 0:
+            free = [replica for replica in having if lane.room(replica) > 0]
+            if not free:
                 return
+            replica = min(free, key=lambda each: (each.calls, each.called_at))
             most = min(self._settings.group, replica.max_batch(lane.release))
             group = lane.line.take(most, self._settings.group_bytes)
             call = Call(replica, group, had_to_wait=len(group) > 1 or bool(lane.line))
             for waiting in group:
                 waiting.call = call
             lane.calls.add(call)
-            replica.calls += 1
+            replica.calls, replica.called_at = replica.calls + 1, call.sent
             self._metrics.called(len(group))
             call.task = asyncio.create_task(self._run(lane, call))
+            # No `finally` in the task: one that is cancelled before it begins would never come to it.
+            call.task.add_done_callback(partial(self._ended, lane, call))
 
     async def _run(self, lane: Lane, call: Call) -> None:
         group = call.group
@@ -197,20 +217,32 @@ class Dispatcher:
             lane.learn(call)
         except TritonError as error:
             self._failed(lane, call, error)
-        except asyncio.CancelledError:
-            if call.is_lost:
-                self._again(lane, call, TritonError(grpc.StatusCode.UNAVAILABLE, "its server was given up"))
         except MalformedAnswer as error:
             for waiting in group:
                 _fail(waiting, error)
-        finally:
-            lane.calls.discard(call)
-            call.replica.calls -= 1
-            self._pump(lane)
+
+    def _ended(self, lane: Lane, call: Call, task: asyncio.Task[None]) -> None:
+        if task.cancelled() and call.is_lost:
+            self._again(lane, call, TritonError(grpc.StatusCode.UNAVAILABLE, "its server was given up"))
+        elif task.cancelled():
+            call.is_given_up = True
+        elif error := task.exception():
+            for waiting in call.group:
+                _fail(waiting, error)
+        if call.is_given_up:
+            lane.learn(call)
+            asyncio.get_running_loop().call_later(lane.left_after_giving_up(call), self._free, lane, call)
+        else:
+            self._free(lane, call)
+
+    def _free(self, lane: Lane, call: Call) -> None:
+        lane.calls.discard(call)
+        call.replica.calls -= 1
+        self._pump(lane)
 
     def _failed(self, lane: Lane, call: Call, error: TritonError) -> None:
         if error.status is grpc.StatusCode.DEADLINE_EXCEEDED:
-            lane.learn(call)
+            call.is_given_up = True
             for waiting in call.group:
                 _fail(waiting, Failure("deadline_exceeded", "the time for this request is over"))
         elif error.is_of_the_server:
@@ -248,6 +280,6 @@ class Dispatcher:
             self._pump(lane)
 
 
-def _fail(waiting: Waiting, error: Exception) -> None:
+def _fail(waiting: Waiting, error: BaseException) -> None:
     if not waiting.answer.done():
         waiting.answer.set_exception(error)

@@ -30,8 +30,8 @@ def problem_response(request: Request, failure: Failure) -> Response:
     problem = Problem.of(failure, request.state.request_id)
     request.state.log["code"] = failure.code
     headers = {}
-    if failure.retry_after is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(failure.retry_after)))
+    if failure.retry_after is not None or problem.status == 503:
+        headers["Retry-After"] = str(max(1, math.ceil(failure.retry_after or 0)))
     if problem.status in (408, 413):
         headers["Connection"] = "close"  # the rest of the body is not read
     return Response(problem.model_dump_json(), problem.status, headers, MEDIA_TYPE)
