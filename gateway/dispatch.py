@@ -15,6 +15,7 @@ import logging
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 
 import grpc
 
@@ -49,7 +50,9 @@ class Call:
     sent: float = field(default_factory=time.monotonic)
     task: asyncio.Task[None] | None = None
     is_lost: bool = False
-    """Given up because of its replica: its pictures go to another one."""
+    """Cancelled because of its replica: its pictures go to another one."""
+    is_given_up: bool = False
+    """Nobody waits for it any more."""
 
 
 class Lane:
@@ -62,6 +65,8 @@ class Lane:
         self.knees: defaultdict[Replica, Knee] = defaultdict(Knee)
         self.call_s = 0.0
         """How long a call takes."""
+        self._answered_s = 0.0
+        """The same, of those that were answered."""
         self._picture_s = 0.0
         """The same, for each of its pictures."""
 
@@ -82,18 +87,25 @@ class Lane:
         return bool(self.calls) and time.monotonic() + self.call_s > waiting.deadline
 
     def learn(self, call: Call) -> None:
-        """A call was answered."""
+        """A call ended. One that was given up would have taken longer still."""
         seconds = time.monotonic() - call.sent
+        if call.is_given_up and seconds < self.call_s:
+            return
         weight = _RECENT if self.call_s else 1.0
         self.call_s += weight * (seconds - self.call_s)
+        if not call.is_given_up:
+            self._answered_s += weight * (seconds - self._answered_s)
         self._picture_s += weight * (seconds / len(call.group) - self._picture_s)
         if call.had_to_wait:
             self.knees[call.replica].observe(seconds, len(call.group))
 
-    def learn_at_least(self, call: Call) -> None:
-        """A call was given up, which says something only if it took longer than others do."""
-        if time.monotonic() - call.sent > self.call_s:
-            self.learn(call)
+    def left_after_giving_up(self, call: Call) -> float:
+        """Seconds for which a call that was given up keeps its place: until it would usually have been answered.
+
+        Triton drops it only between two steps. What waits for its first step is worked on for nobody, and clients
+        that leave would fill that queue without end.
+        """
+        return max(0.0, call.sent + self._answered_s - time.monotonic())
 
 
 class Dispatcher:
@@ -194,9 +206,10 @@ class Dispatcher:
                     lane.line.remove(waiting)
                     _fail(waiting, error)
                 return
-            replica = max(having, key=lane.room, default=None)
-            if replica is None or lane.room(replica) <= 0:
+            free = [replica for replica in having if lane.room(replica) > 0]
+            if not free:
                 return
+            replica = min(free, key=lambda each: (each.calls, each.called_at))
             most = min(self._settings.group, replica.max_batch(lane.release))
             group = self._in_time(lane, lane.line.take(most, self._settings.group_bytes))
             if not group:
@@ -205,11 +218,11 @@ class Dispatcher:
             for waiting in group:
                 waiting.call = call
             lane.calls.add(call)
-            replica.calls += 1
+            replica.calls, replica.called_at = replica.calls + 1, call.sent
             self._metrics.called(len(group))
             call.task = asyncio.create_task(self._run(lane, call))
-            # Not at the end of the task itself: one that is cancelled at once never begins.
-            call.task.add_done_callback(lambda _, call=call: self._ended(lane, call))  # type: ignore[misc]
+            # No `finally` in the task: one that is cancelled before it begins would never come to it.
+            call.task.add_done_callback(partial(self._ended, lane, call))
 
     def _in_time(self, lane: Lane, group: list[Waiting]) -> list[Waiting]:
         """Those who still want an answer and can have one; the others are refused."""
@@ -237,23 +250,29 @@ class Dispatcher:
             for waiting in group:
                 _fail(waiting, error)
 
-    def _ended(self, lane: Lane, call: Call) -> None:
-        assert call.task is not None
-        lane.calls.discard(call)
-        call.replica.calls -= 1
-        if call.is_lost:
+    def _ended(self, lane: Lane, call: Call, task: asyncio.Task[None]) -> None:
+        if task.cancelled() and call.is_lost:
             self._again(lane, call, TritonError(grpc.StatusCode.UNAVAILABLE, "its server was given up"))
-        elif call.task.cancelled():
-            lane.learn_at_least(call)
-        elif error := call.task.exception():
+        elif task.cancelled():
+            call.is_given_up = True
+        elif error := task.exception():
             logger.error("unexpected failure", exc_info=error)
             for waiting in call.group:
                 _fail(waiting, error)
+        if call.is_given_up:
+            lane.learn(call)
+            asyncio.get_running_loop().call_later(lane.left_after_giving_up(call), self._free, lane, call)
+        else:
+            self._free(lane, call)
+
+    def _free(self, lane: Lane, call: Call) -> None:
+        lane.calls.discard(call)
+        call.replica.calls -= 1
         self._pump(lane)
 
     def _failed(self, lane: Lane, call: Call, error: TritonError) -> None:
         if error.status is grpc.StatusCode.DEADLINE_EXCEEDED:
-            lane.learn_at_least(call)
+            call.is_given_up = True
             for waiting in call.group:
                 _fail(waiting, Failure("deadline_exceeded", "the time for this request is over"))
         elif error.is_queue_full:  # by others than this gateway: each of the group alone would make it worse

@@ -36,6 +36,8 @@ class Replica:
         self.releases = Releases(self.triton, settings.pipeline, settings.probe_timeout_s)
         self.calls = 0
         """On their way now."""
+        self.called_at = -math.inf
+        """When the last one was sent (monotonic seconds)."""
         self.fault = ""
         """Why it gets no calls although it can be reached; empty where it does."""
         self.has_joined = False
@@ -219,7 +221,7 @@ class Fleet:
             host, _, port = url.rpartition(":")
             try:
                 found += await _addresses(host, port)
-            except OSError as error:  # what was found before is kept: names fail more often than servers
+            except (OSError, UnicodeError) as error:  # what was found is kept: names fail more often than servers
                 logger.warning("name not resolved", extra={"fields": {"url": url, "reason": str(error)}})
                 found += [replica.url for replica in self.replicas]
         before = {replica.url: replica for replica in self.replicas}

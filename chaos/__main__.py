@@ -1,0 +1,108 @@
+"""`python -m chaos`: break a running stack in every way there is, under load, and say what its clients saw."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from chaos.faults import FAULTS, Fault
+from chaos.load import Known
+from chaos.stack import Triton, shared_memory
+from chaos.trial import Report, stack_for, try_out
+from export.repository import Repository
+from triton_runtime.installation import Missing
+from triton_runtime.server import TritonFailed
+from triton_runtime.signals import Stopped, unwind_on_signals
+from triton_runtime.stack import ROOT
+
+_EPILOG = """In every row no answer may be wrong, later than its deadline, or an error without a type, and all gauges
+must be back at zero; in the rows with replicas and with bad clients no ordinary request may fail either. `failed`
+counts good pictures with the default deadline that were not answered, `recovery` the seconds from the end of the
+fault to the last of them."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the faults and print a table; 1 where a promise was not kept."""
+    parse = argparse.ArgumentParser(prog="python -m chaos", description=__doc__, epilog=_EPILOG)
+    parse.add_argument("--only", nargs="+", choices=FAULTS, metavar="ROW", help=", ".join(FAULTS))
+    parse.add_argument("--seconds", type=float, default=3.0, metavar="S", help="that a fault lasts (default: 3)")
+    parse.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: model_repository")
+    parse.add_argument("--pipeline", default="defect", help="default: defect")
+    parse.add_argument(
+        "--allowance-ms", type=float, default=250, metavar="MS", help="for the way to the client (default: 250)"
+    )
+    parse.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
+    parse.add_argument("--log", type=Path, metavar="FILE", help="the gateways' log")
+    options = parse.parse_args(arguments)
+    unwind_on_signals()
+    faults = [FAULTS[name] for name in options.only or FAULTS]
+    console = Console()
+    try:
+        reports = _run(faults, options, console)
+    except (Missing, TritonFailed, OSError) as error:
+        print(f"chaos: {error}", file=sys.stderr)
+        return 1
+    except Stopped:
+        return 1
+    if options.json:
+        options.json.write_text(json.dumps([report.to_json() for report in reports], indent=2) + "\n")
+    console.print(table(reports))
+    if left := shared_memory():
+        console.print(f"left in /dev/shm: {', '.join(sorted(left))}")
+    return 0 if all(report.has_passed for report in reports) and not left else 1
+
+
+def _run(faults: list[Fault], options: argparse.Namespace, console: Console) -> list[Report]:
+    releases = Repository(options.repository).releases(options.pipeline)
+    if not releases:
+        raise Missing(f"{options.repository} holds no release of {options.pipeline}: run 'make export'")
+    known, reports = Known(releases), []
+    tritons = [Triton(options.repository) for _ in range(max(fault.replicas for fault in faults))]
+    with contextlib.ExitStack() as context:
+        log = context.enter_context(open(options.log or os.devnull, "wb"))
+        status = context.enter_context(console.status("starting Triton"))
+        for triton in tritons:
+            context.callback(triton.stop)
+        for number, fault in enumerate(faults, 1):
+            status.update(f"{fault.name} ({number} of {len(faults)})")
+            for triton in tritons:
+                if not triton.is_running:
+                    triton.stop()
+                    triton.start()
+            with stack_for(fault, tritons, options.pipeline, log) as stack:
+                reports.append(try_out(fault, stack, known, options.seconds, options.allowance_ms / 1000))
+            report = reports[-1]
+            console.print(f"{fault.name}: {'passed' if report.has_passed else '; '.join(report.problems)}")
+    return reports
+
+
+def table(reports: list[Report]) -> Table:
+    """A row a fault."""
+    result = Table(title="faults, and what the clients saw", title_justify="left")
+    for header in ("fault", "sent", "answered", "wrong", "late", "untyped", "failed", "recovery s", "longest s", "MB"):
+        result.add_column(header, justify="left" if header == "fault" else "right")
+    result.add_column("refused with")
+    result.add_column("")
+    for report in reports:
+        refused = ", ".join(f"{code} {count}" for code, count in report.refused.items())
+        result.add_row(
+            report.fault,
+            *(str(n) for n in (report.sent, report.answered, report.wrong, report.late, report.untyped, report.failed)),
+            "never" if report.recovery_s is None else f"{report.recovery_s:.1f}",
+            f"{report.longest_s:.1f}",
+            f"{report.memory_mb:+.0f}",
+            refused,
+            "passed" if report.has_passed else "FAILED",
+        )
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

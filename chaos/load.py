@@ -1,0 +1,251 @@
+"""Clients that never stop: good pictures, bad ones, answers that nobody waits for; and how each request ended.
+
+What is right is known beforehand: good pictures are the golden ones, whose answers the export recorded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import io
+import json
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from contract import Manifest
+from gateway.errors import MEDIA_TYPE, PROBLEMS
+from gateway.settings import Settings
+
+DEADLINE_S: float = Settings.model_fields["deadline_s"].default
+_HANG_S = 15.0
+"""After its deadline, a client waits so much longer before it calls that a hang."""
+_TIMEOUTS_MS = (None, None, None, 400, 1500)
+_SERVICE = frozenset(code for code, kind in PROBLEMS.items() if kind.status >= 500)
+
+End = Literal["answered", "refused", "wrong", "untyped", "left"]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: `codes` are the problems that it deserves; a good picture deserves none."""
+
+    body: bytes
+    media_type: str
+    codes: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How a request ended for its client; times in monotonic seconds.
+
+    `is_ordinary`: a good picture with the deadline that everybody has, so nothing but a fault can fail it.
+    """
+
+    sent: float
+    ended: float
+    deadline_s: float
+    end: End
+    detail: str
+    is_ordinary: bool
+
+    @property
+    def late_s(self) -> float:
+        """So long after the deadline the client had its answer; negative: before it."""
+        return self.ended - self.sent - self.deadline_s
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it should have been answered, and was not."""
+        return self.is_ordinary and self.end != "answered"
+
+
+@dataclass
+class Known:
+    """What may be asked of the releases of a pipeline, and what the answer is."""
+
+    releases: Sequence[Manifest]
+    good: list[Ask] = field(init=False)
+    bad: list[Ask] = field(init=False)
+
+    def __post_init__(self) -> None:
+        pictures = [golden.image for golden in self.releases[-1].golden]
+        self.good = [Ask(picture, "image/jpeg") for picture in pictures]
+        largest = max(pictures, key=len)
+        broken = frozenset({"image_truncated", "image_corrupt", "image_unsupported"})
+        self.bad = [
+            Ask(largest[: len(largest) // 2], "image/jpeg", broken),
+            Ask(random.Random(5).randbytes(5000), "image/png", broken),  # noqa: S311 - no secret
+            Ask(b'{"image": 7}', "application/json", frozenset({"invalid_request"})),
+            Ask(b'{"image": ', "application/json", frozenset({"invalid_json"})),
+        ]
+
+    def difference(self, ask: Ask, answer: Mapping[str, Any]) -> str:
+        """What is wrong with an answer; empty where it is the one that is recorded of the release that it names."""
+        release = next((each for each in self.releases if each.name == answer["model_version"]), None)
+        if release is None:
+            return f"there is no release {answer['model_version']}"
+        golden = next((each for each in release.golden if each.image == ask.body), None)
+        if golden is None:
+            return "a bad picture was answered"
+        scores = {score["label"]: score["confidence"] for score in answer["scores"]}
+        return golden.difference(answer["label"], scores, release.tolerance)
+
+
+class Connection:
+    """One client's connection, opened when it is needed."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def send(self, ask: Ask, timeout_ms: int | None, share: float = 1.0) -> None:
+        """Send a request, or the first `share` of its body.
+
+        Raises:
+            OSError: nobody listens, or the connection is lost.
+        """
+        if self._writer is None:
+            self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+        lines = [
+            "POST /v1/predict HTTP/1.1",
+            "Host: chaos",
+            f"Content-Type: {ask.media_type}",
+            f"Content-Length: {len(ask.body)}",
+        ]
+        if timeout_ms is not None:
+            lines.append(f"X-Timeout-Ms: {timeout_ms}")
+        head = "\r\n".join(lines).encode() + b"\r\n\r\n"
+        self._writer.write(head + ask.body[: round(len(ask.body) * share)])
+        await self._writer.drain()
+
+    async def receive(self) -> tuple[int, http.client.HTTPMessage, bytes]:
+        """The response: status, headers, body.
+
+        Raises:
+            OSError, EOFError: the connection was lost before all of it came.
+        """
+        status_line = await self._reader.readline()
+        if not status_line:
+            raise EOFError("the connection was closed without an answer")
+        head = await self._reader.readuntil(b"\r\n\r\n")
+        headers = http.client.parse_headers(io.BytesIO(head))
+        body = await self._reader.readexactly(int(headers["Content-Length"]))
+        if headers.get("Connection", "").lower() == "close":
+            self.close()
+        return int(status_line.split()[1]), headers, body
+
+    def close(self) -> None:
+        """Leave, whatever is under way."""
+        if self._writer is not None:
+            self._writer.transport.abort()
+            self._writer = None
+
+
+class Load:
+    """Clients in a thread of their own, from entering the context until leaving it or until `most` requests.
+
+    Args:
+        known: what is asked, and what the answers are.
+        port: where the gateway listens.
+        clients: connections at once.
+        pause_s: how long each client rests between two requests, on average.
+        most: requests in all.
+    """
+
+    def __init__(
+        self, known: Known, port: int, *, clients: int = 12, pause_s: float = 0.2, most: int | None = None
+    ) -> None:
+        self.seen: list[Seen] = []
+        self._known, self._port = known, port
+        self._clients, self._pause_s = clients, pause_s
+        self._left = most
+        self._chance = random.Random(7)  # noqa: S311 - no secret
+        self._is_ending = False
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_ending = True
+        self._thread.join()
+
+    def wait(self) -> None:
+        """Until `most` requests were made."""
+        self._thread.join()
+
+    def is_clean(self, seconds: float) -> bool:
+        """Whether good pictures were answered, and none was not, in the last seconds."""
+        since = time.monotonic() - seconds
+        recent = [each for each in list(self.seen) if each.ended > since and each.is_ordinary]
+        return bool(recent) and not any(each.has_failed for each in recent)
+
+    async def _run(self) -> None:
+        await asyncio.gather(*(self._client() for _ in range(self._clients)))
+
+    async def _client(self) -> None:
+        connection = Connection(self._port)
+        while not self._is_ending and self._left != 0:
+            if self._left is not None:
+                self._left -= 1
+            drawn = self._chance.random()
+            if drawn < 0.1:
+                await self._leave(connection)
+            elif drawn < 0.3:
+                await self._ask(connection, self._chance.choice(self._known.bad))
+            else:
+                await self._ask(connection, self._chance.choice(self._known.good))
+            await asyncio.sleep(self._pause_s * 2 * self._chance.random())
+        connection.close()
+
+    async def _leave(self, connection: Connection) -> None:
+        sent = time.monotonic()
+        share = self._chance.choice((0.0, 0.5, 1.0, 1.0))
+        with contextlib.suppress(OSError):
+            await connection.send(self._chance.choice(self._known.good), None, share)
+            await asyncio.sleep(0.02 * self._chance.random())
+        connection.close()
+        self.seen.append(Seen(sent, time.monotonic(), DEADLINE_S, "left", "", False))
+
+    async def _ask(self, connection: Connection, ask: Ask) -> None:
+        timeout_ms = self._chance.choice(_TIMEOUTS_MS)
+        deadline_s = DEADLINE_S if timeout_ms is None else timeout_ms / 1000
+        sent = time.monotonic()
+        try:
+            async with asyncio.timeout(deadline_s + _HANG_S):
+                await connection.send(ask, timeout_ms)
+                response = await connection.receive()
+            end, detail = self._judge(ask, *response)
+        except TimeoutError:
+            end, detail = "untyped", "no answer"
+            connection.close()
+        except (OSError, EOFError) as error:  # IncompleteReadError is an EOFError
+            end, detail = "untyped", f"{type(error).__name__}"
+            connection.close()
+        is_ordinary = timeout_ms is None and not ask.codes
+        self.seen.append(Seen(sent, time.monotonic(), deadline_s, end, detail, is_ordinary))
+
+    def _judge(self, ask: Ask, status: int, headers: http.client.HTTPMessage, body: bytes) -> tuple[End, str]:
+        try:
+            content = json.loads(body)
+            if status == 200:
+                difference = self._known.difference(ask, content)
+                return ("wrong", difference) if difference else ("answered", "")
+            code = content["code"]
+            if headers["Content-Type"] != MEDIA_TYPE or PROBLEMS[code].status != status:
+                return "untyped", f"{status} {headers['Content-Type']}"
+        except (ValueError, KeyError, TypeError):
+            return "untyped", f"{status} {body[:60]!r}"
+        return ("refused" if code in ask.codes | _SERVICE else "wrong"), code
+
+
+def refusals(seen: Sequence[Seen]) -> Counter[str]:
+    """How often a service's own problem was the answer, by its code."""
+    return Counter(each.detail for each in seen if each.end == "refused" and each.detail in _SERVICE)

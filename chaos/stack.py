@@ -1,0 +1,155 @@
+"""What is broken: real Tritons on one repository, and a real gateway in front of one or two of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from chaos.proxy import Proxy
+from triton_runtime.installation import SHARED_MEMORY_FOLDER
+from triton_runtime.server import TritonFailed, TritonServer
+from triton_runtime.stack import Child, free_endpoint, free_port
+
+
+class Triton:
+    """One Triton. Started again, it listens where it did before."""
+
+    def __init__(self, repository: Path) -> None:
+        self.endpoint = free_endpoint()
+        self._repository = repository
+        self._server: TritonServer | None = None
+
+    @property
+    def process(self) -> psutil.Process:
+        """The server's process."""
+        assert self._server is not None
+        return psutil.Process(self._server.process.pid)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the server has not ended, in whatever way."""
+        return self._server is not None and self._server.process.poll() is None
+
+    def start(self) -> None:
+        """Start it and wait until its releases answer."""
+        self._server = TritonServer(self._repository, self.endpoint, poll_seconds=1, grace_seconds=5).__enter__()
+        self._server.wait_until_ready()
+
+    def stop(self) -> None:
+        """End it in order; nothing where it ended already."""
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+
+    def kill(self) -> None:
+        """As kill -9, and away with what it leaves behind."""
+        self.process.kill()
+        self.stop()
+
+    def stub(self, step: str) -> psutil.Process:
+        """The first process of a step."""
+        marker = f"_{step}"
+        for each in sorted(self.process.children(), key=lambda child: child.pid):
+            if each.status() != psutil.STATUS_ZOMBIE and any(marker in argument for argument in each.cmdline()):
+                return each
+        raise TritonFailed(f"no process runs the step {step}")
+
+
+class Gateway:
+    """One gateway in front of `addresses`. Started again, it listens where it did before."""
+
+    def __init__(self, pipeline: str, addresses: list[str], log: IO[bytes]) -> None:
+        self.port = free_port()
+        self._environment = {
+            "GATEWAY_PORT": str(self.port),
+            "GATEWAY_PIPELINE": pipeline,
+            "GATEWAY_TRITON_URLS": ",".join(addresses),
+            "GATEWAY_ROUTING": os.devnull,
+        }
+        self._log = log
+        self._child: Child | None = None
+
+    @property
+    def process(self) -> psutil.Process:
+        """The gateway's process."""
+        assert self._child is not None
+        return psutil.Process(self._child.process.pid)
+
+    def start(self) -> None:
+        """Start it and wait until it would answer."""
+        self._child = Child("gateway", environment=self._environment, stdout=self._log.fileno())
+        wait_for(self.is_ready, 30)
+
+    def stop(self) -> None:
+        """End it in order; nothing where it ended already."""
+        if self._child is not None:
+            self._child.__exit__()
+            self._child = None
+
+    def kill(self) -> None:
+        """As kill -9."""
+        self.process.kill()
+        self.stop()
+
+    def is_ready(self) -> bool:
+        """Whether a prediction would be answered now."""
+        try:
+            return bool(self._get("/health/ready"))
+        except OSError:
+            return False
+
+    def gauges(self) -> dict[str, float]:
+        """Its metrics, each summed over its labels."""
+        families = text_string_to_metric_families(self._get("/metrics").decode())
+        return {family.name: sum(sample.value for sample in family.samples) for family in families}
+
+    def _get(self, path: str) -> bytes:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as response:
+            return bytes(response.read())
+
+
+class Stack:
+    """Everything that a fault may touch. `proxy` is between the gateway and the first Triton, where there is one."""
+
+    def __init__(self, tritons: list[Triton], gateway: Gateway, proxy: Proxy | None) -> None:
+        self.tritons = tritons
+        self.gateway = gateway
+        self.proxy = proxy
+
+    def memory(self) -> int:
+        """Bytes of the gateway's memory."""
+        return int(self.gateway.process.memory_info().rss)
+
+
+def shared_memory() -> dict[str, int]:
+    """The segments of the Tritons that this process started, and their bytes."""
+    return {path.name: path.stat().st_size for path in SHARED_MEMORY_FOLDER.glob(f"triton_{os.getpid()}_*")}
+
+
+def send(process: psutil.Process, number: signal.Signals) -> None:
+    """Send a signal; nothing where the process is gone."""
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait until `condition` holds.
+
+    Raises:
+        TritonFailed: it does not in time.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TritonFailed(f"a part of the stack did not come up within {seconds:g} s")
+        time.sleep(0.05)

@@ -1,0 +1,132 @@
+"""One fault on one stack under load, from warm-up to a verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import IO, Any
+
+from chaos.faults import Fault
+from chaos.load import Known, Load, Seen, refusals
+from chaos.proxy import Proxy
+from chaos.stack import Gateway, Stack, Triton, shared_memory
+from triton_runtime.stack import free_port
+
+_WARM_UP_S = 2.0
+_CLEAN_S = 1.5
+_RECOVERY_S = 30.0
+_MEMORY_MB = 48
+"""How much a gateway may grow: buffers of as many requests as were in it at once."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the clients saw of a fault, and what it left behind. Times in seconds, memory in MB."""
+
+    fault: str
+    sent: int
+    answered: int
+    refused: dict[str, int]
+    wrong: int
+    late: int
+    untyped: int
+    failed: int
+    """Of those with the default deadline and a good picture."""
+    recovery_s: float | None
+    """From the end of the fault to the last failed request; None: it did not recover."""
+    longest_s: float
+    memory_mb: float
+    shared_memory_mb: float
+    problems: list[str]
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether all that is promised was kept."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return asdict(self)
+
+
+@contextlib.contextmanager
+def stack_for(fault: Fault, tritons: list[Triton], pipeline: str, log: IO[bytes]) -> Iterator[Stack]:
+    """A gateway in front of as many of the running Tritons as the fault wants."""
+    with contextlib.ExitStack() as context:
+        used = tritons[: fault.replicas]
+        ports = [triton.endpoint.grpc for triton in used]
+        proxy = context.enter_context(Proxy(free_port(), ports[0])) if fault.needs_proxy else None
+        if proxy is not None:
+            ports[0] = proxy.port
+        gateway = Gateway(pipeline, [f"127.0.0.1:{port}" for port in ports], log)
+        context.callback(gateway.stop)
+        gateway.start()
+        yield Stack(used, gateway, proxy)
+
+
+def try_out(fault: Fault, stack: Stack, known: Known, hold_s: float, allowance_s: float) -> Report:
+    """Run the fault under load, and judge.
+
+    `allowance_s` is what the way to the client and back may cost beyond a deadline.
+    """
+    with Load(known, stack.gateway.port) as load:
+        time.sleep(_WARM_UP_S)
+        memory, shared = stack.memory(), sum(shared_memory().values())
+        extra = fault.act(stack, known, hold_s) or []
+        ended = time.monotonic()
+        while time.monotonic() - ended < _RECOVERY_S and not (
+            time.monotonic() - ended > _CLEAN_S and load.is_clean(_CLEAN_S)
+        ):
+            time.sleep(0.1)
+        has_recovered = load.is_clean(_CLEAN_S)
+    seen = load.seen + extra
+    unjudged = fault.spared
+    failures = [each for each in seen if each.has_failed]
+    late = [each for each in seen if each.end != "left" and each.late_s > allowance_s]
+    wrong = [each for each in seen if each.end == "wrong"]
+    untyped = [each for each in seen if each.end == "untyped"]
+    grown = (stack.memory() - memory) / 2**20
+    problems = [f"wrong: {text}" for text in sorted({each.detail for each in wrong})[:3]]
+    if late and "late" not in unjudged:
+        problems.append(f"late by {max(each.late_s for each in late):.2f} s")
+    if untyped and "untyped" not in unjudged:
+        problems += [f"untyped: {text}" for text in sorted({each.detail for each in untyped})[:3]]
+    if failures and fault.is_hidden:
+        problems += [f"failed: {text}" for text in sorted({each.detail for each in failures})[:3]]
+    if not has_recovered:
+        problems.append("it did not recover")
+    if grown > _MEMORY_MB:
+        problems.append(f"the gateway grew by {grown:.0f} MB")
+    problems += _left_in_gauges(stack.gateway)
+    return Report(
+        fault=fault.name,
+        sent=len(seen),
+        answered=sum(each.end == "answered" for each in seen),
+        refused=dict(refusals(seen)),
+        wrong=len(wrong),
+        late=len(late),
+        untyped=len(untyped),
+        failed=len(failures),
+        recovery_s=_recovery(failures, ended) if has_recovered else None,
+        longest_s=max(each.ended - each.sent for each in seen),
+        memory_mb=round(grown, 1),
+        shared_memory_mb=round((sum(shared_memory().values()) - shared) / 2**20, 1),
+        problems=problems,
+    )
+
+
+def _recovery(failures: list[Seen], ended: float) -> float:
+    return max([0.0, *(each.ended - ended for each in failures)])
+
+
+def _left_in_gauges(gateway: Gateway) -> list[str]:
+    names = ("gateway_in_flight", "gateway_waiting", "gateway_calls")
+    deadline = time.monotonic() + 8
+    while True:
+        gauges = gateway.gauges()
+        left = [f"{name} stays at {gauges[name]:g}" for name in names if gauges[name]]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.1)
