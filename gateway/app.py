@@ -144,8 +144,9 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
                 metrics.predicted(answer.model_version, answer.route)
                 return schemas.BatchAnswer(answer=answer)
 
-            async with budget.ended_by_leaving(request):
-                results = await asyncio.gather(*(result(i, item) for i, item in enumerate(items)))
+            async with budget.ended_by_leaving(request), asyncio.TaskGroup() as group:
+                tasks = [group.create_task(result(i, item)) for i, item in enumerate(items)]
+        results = [task.result() for task in tasks]
         failed = [result.problem.code for result in results if isinstance(result, schemas.BatchProblem)]
         request.state.log["items"], request.state.log["failed"] = len(results), dict(Counter(failed))
         body = schemas.BatchResponse(request_id=request_id, results=results)
