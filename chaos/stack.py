@@ -51,7 +51,7 @@ class Triton:
 
     def kill(self) -> None:
         """As kill -9, and away with what it leaves behind."""
-        self.process.kill()
+        send(self.process, signal.SIGKILL)
         self.stop()
 
     def stub(self, step: str) -> psutil.Process:
