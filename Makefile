@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 DATA ?= ../shared/data/parcels
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve rollback test lint export openapi train perf perf-drops perf-tools bench lock clean
+.PHONY: help setup serve rollback test lint export openapi train perf perf-drops perf-tools bench chaos lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ bench: setup export perf-tools ## Measure the stack beside the machine's limit a
 
 perf-drops: setup export ## Measure the time from a dropped version to its first answer
 	@$(RUN) -m perf.drops
+
+chaos: setup export ## Break a running stack in every way, under load; ROWS="triton-kill ..." for some
+	@$(RUN) -m chaos $(if $(ROWS),--only $(ROWS))
 
 lock: setup ## Resolve pyproject.toml into requirements/*.lock again
 	$(RUN) requirements/lock.py

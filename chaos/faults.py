@@ -157,7 +157,7 @@ async def _babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _:
 
 
 def _flood(stack: Stack, known: Known, hold: float) -> list[Seen]:
-    with Load(known, stack.gateway.port, clients=64, pause_s=0.0, most=round(1000 * hold)) as flood:
+    with Load(known, stack.gateway, clients=64, pause_s=0.0, most=round(1000 * hold)) as flood:
         flood.wait()
     return flood.seen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -17,6 +18,9 @@ from chaos.proxy import Proxy
 from triton_runtime.installation import SHARED_MEMORY_FOLDER
 from triton_runtime.server import TritonFailed, TritonServer
 from triton_runtime.stack import Child, free_endpoint, free_port
+
+DEADLINE_S = 5.0
+"""For a request that names none: the gateway's default."""
 
 
 class Triton:
@@ -73,6 +77,7 @@ class Gateway:
             "GATEWAY_PIPELINE": pipeline,
             "GATEWAY_TRITON_URLS": ",".join(addresses),
             "GATEWAY_ROUTING": os.devnull,
+            "GATEWAY_DEADLINE_S": str(DEADLINE_S),
         }
         self._log = log
         self._child: Child | None = None
@@ -105,6 +110,10 @@ class Gateway:
             return bool(self._get("/health/ready"))
         except OSError:
             return False
+
+    def problems(self) -> dict[str, int]:
+        """The status of each code in its table of errors."""
+        return {kind["code"]: kind["status"] for kind in json.loads(self._get("/errors"))}
 
     def gauges(self) -> dict[str, float]:
         """Its metrics, each summed over its labels."""
