@@ -55,7 +55,12 @@ def _hang(stack: Stack, _: Known, hold: float) -> None:
 
 
 def _kill_stub(stack: Stack, _: Known, hold: float, step: str) -> None:
-    stack.tritons[0].stub(step).kill()
+    triton = stack.tritons[0]
+    triton.stub(step).kill()
+    time.sleep(hold)
+    # Triton 24.10 starts no other process in its place: whoever runs Triton has to restart it.
+    triton.kill()
+    triton.start()
 
 
 def _hang_stub(stack: Stack, _: Known, hold: float, step: str) -> None:
@@ -65,9 +70,9 @@ def _hang_stub(stack: Stack, _: Known, hold: float, step: str) -> None:
     time.sleep(hold)
     send(stub, signal.SIGCONT)
     time.sleep(1.0)
-    if not triton.is_running:  # Triton may end when a stub that it gave up on goes on
-        triton.stop()
-        triton.start()
+    if triton.is_running:  # it may have ended by itself, when a process that it had given up went on
+        triton.kill()
+    triton.start()
 
 
 def _swallow(stack: Stack, _: Known, hold: float) -> None:

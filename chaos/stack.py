@@ -44,6 +44,7 @@ class Triton:
 
     def start(self) -> None:
         """Start it and wait until its releases answer."""
+        self.stop()
         self._server = TritonServer(self._repository, self.endpoint, poll_seconds=1, grace_seconds=5).__enter__()
         self._server.wait_until_ready()
 

@@ -46,7 +46,6 @@ def known(tiny_only: Path) -> Known:
 def test_a_fault_costs_no_more_than_is_promised(name: str, tritons: list[Triton], known: Known, tmp_path: Path) -> None:
     for triton in tritons:
         if not triton.is_running:
-            triton.stop()
             triton.start()
     with (tmp_path / "log").open("wb") as log, stack_for(FAULTS[name], tritons, "tiny", log) as stack:
         report = try_out(FAULTS[name], stack, known, hold_s=2.0, allowance_s=1.0)
