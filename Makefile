@@ -7,7 +7,7 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve rollback test lint export openapi train perf perf-drops perf-tools
-.PHONY: bench bench-contenders contenders soak tune lock clean
+.PHONY: bench bench-contenders contenders soak tune chaos lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ tune: setup export perf-tools ## Find the serving settings that are best on this
 
 perf-drops: setup export ## Measure the time from a dropped version to its first answer
 	@$(RUN) -m perf.drops
+
+chaos: setup export ## Break a running stack in every way, under load; ROWS="triton-kill ..." for some
+	@$(RUN) -m chaos $(if $(ROWS),--only $(ROWS))
 
 lock: setup ## Resolve pyproject.toml into requirements/*.lock again
 	$(RUN) requirements/lock.py

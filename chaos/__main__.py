@@ -74,7 +74,6 @@ def _run(faults: list[Fault], options: argparse.Namespace, console: Console) -> 
             status.update(f"{fault.name} ({number} of {len(faults)})")
             for triton in tritons:
                 if not triton.is_running:
-                    triton.stop()
                     triton.start()
             with stack_for(fault, tritons, options.pipeline, log) as stack:
                 reports.append(try_out(fault, stack, known, options.seconds, options.allowance_ms / 1000))

@@ -55,7 +55,12 @@ def _hang(stack: Stack, _: Known, hold: float) -> None:
 
 
 def _kill_stub(stack: Stack, _: Known, hold: float, step: str) -> None:
-    stack.tritons[0].stub(step).kill()
+    triton = stack.tritons[0]
+    triton.stub(step).kill()
+    time.sleep(hold)
+    # Triton 24.10 starts no other process in its place: whoever runs Triton has to restart it.
+    triton.kill()
+    triton.start()
 
 
 def _hang_stub(stack: Stack, _: Known, hold: float, step: str) -> None:
@@ -65,9 +70,9 @@ def _hang_stub(stack: Stack, _: Known, hold: float, step: str) -> None:
     time.sleep(hold)
     send(stub, signal.SIGCONT)
     time.sleep(1.0)
-    if not triton.is_running:  # Triton may end when a stub that it gave up on goes on
-        triton.stop()
-        triton.start()
+    if triton.is_running:  # it may have ended by itself, when a process that it had given up went on
+        triton.kill()
+    triton.start()
 
 
 def _swallow(stack: Stack, _: Known, hold: float) -> None:
@@ -157,7 +162,7 @@ async def _babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _:
 
 
 def _flood(stack: Stack, known: Known, hold: float) -> list[Seen]:
-    with Load(known, stack.gateway.port, clients=64, pause_s=0.0, most=round(1000 * hold)) as flood:
+    with Load(known, stack.gateway, clients=64, pause_s=0.0, most=round(1000 * hold)) as flood:
         flood.wait()
     return flood.seen
 

@@ -18,17 +18,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from chaos.stack import DEADLINE_S, Gateway
 from contract import Manifest
-from gateway.errors import MEDIA_TYPE, PROBLEMS
-from gateway.settings import Settings
 
-DEADLINE_S: float = Settings.model_fields["deadline_s"].default
 _HANG_S = 15.0
 """After its deadline, a client waits so much longer before it calls that a hang."""
 _TIMEOUTS_MS = (None, None, None, 400, 1500)
-_SERVICE = frozenset(code for code, kind in PROBLEMS.items() if kind.status >= 500)
 
-End = Literal["answered", "refused", "wrong", "untyped", "left"]
+End = Literal["answered", "rejected", "refused", "wrong", "untyped", "left"]
+"""Answered as recorded, rejected as a bad picture deserves, refused by the service with a problem of its table ..."""
 
 
 @dataclass(frozen=True)
@@ -152,17 +150,18 @@ class Load:
 
     Args:
         known: what is asked, and what the answers are.
-        port: where the gateway listens.
+        gateway: what is asked.
         clients: connections at once.
         pause_s: how long each client rests between two requests, on average.
         most: requests in all.
     """
 
     def __init__(
-        self, known: Known, port: int, *, clients: int = 12, pause_s: float = 0.2, most: int | None = None
+        self, known: Known, gateway: Gateway, *, clients: int = 12, pause_s: float = 0.2, most: int | None = None
     ) -> None:
         self.seen: list[Seen] = []
-        self._known, self._port = known, port
+        self._known, self._port = known, gateway.port
+        self._problems = gateway.problems()
         self._clients, self._pause_s = clients, pause_s
         self._left = most
         self._chance = random.Random(7)  # noqa: S311 - no secret
@@ -239,13 +238,15 @@ class Load:
                 difference = self._known.difference(ask, content)
                 return ("wrong", difference) if difference else ("answered", "")
             code = content["code"]
-            if headers["Content-Type"] != MEDIA_TYPE or PROBLEMS[code].status != status:
-                return "untyped", f"{status} {headers['Content-Type']}"
+            if headers["Content-Type"] != "application/problem+json" or self._problems[code] != status:
+                return "untyped", f"{status} {headers['Content-Type']} {code}"
         except (ValueError, KeyError, TypeError):
             return "untyped", f"{status} {body[:60]!r}"
-        return ("refused" if code in ask.codes | _SERVICE else "wrong"), code
+        if status in (408, 429) or status >= 500:
+            return "refused", code
+        return ("rejected" if code in ask.codes else "wrong"), code
 
 
 def refusals(seen: Sequence[Seen]) -> Counter[str]:
-    """How often a service's own problem was the answer, by its code."""
-    return Counter(each.detail for each in seen if each.end == "refused" and each.detail in _SERVICE)
+    """How often the service refused, by the problem's code."""
+    return Counter(each.detail for each in seen if each.end == "refused")

@@ -57,7 +57,8 @@ class Proxy:
             writer.close()
             return
         self._connections.append(server_writer)
-        await asyncio.gather(self._pass(reader, server_writer), self._pass(server_reader, writer))
+        with contextlib.suppress(asyncio.CancelledError):  # the proxy ends
+            await asyncio.gather(self._pass(reader, server_writer), self._pass(server_reader, writer))
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):

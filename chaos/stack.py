@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -17,6 +18,9 @@ from chaos.proxy import Proxy
 from triton_runtime.installation import SHARED_MEMORY_FOLDER
 from triton_runtime.server import TritonFailed, TritonServer
 from triton_runtime.stack import Child, free_endpoint, free_port
+
+DEADLINE_S = 5.0
+"""For a request that names none: the gateway's default."""
 
 
 class Triton:
@@ -40,6 +44,7 @@ class Triton:
 
     def start(self) -> None:
         """Start it and wait until its releases answer."""
+        self.stop()
         self._server = TritonServer(self._repository, self.endpoint, poll_seconds=1, grace_seconds=5).__enter__()
         self._server.wait_until_ready()
 
@@ -51,7 +56,7 @@ class Triton:
 
     def kill(self) -> None:
         """As kill -9, and away with what it leaves behind."""
-        self.process.kill()
+        send(self.process, signal.SIGKILL)
         self.stop()
 
     def stub(self, step: str) -> psutil.Process:
@@ -73,6 +78,7 @@ class Gateway:
             "GATEWAY_PIPELINE": pipeline,
             "GATEWAY_TRITON_URLS": ",".join(addresses),
             "GATEWAY_ROUTING": os.devnull,
+            "GATEWAY_DEADLINE_S": str(DEADLINE_S),
         }
         self._log = log
         self._child: Child | None = None
@@ -105,6 +111,10 @@ class Gateway:
             return bool(self._get("/health/ready"))
         except OSError:
             return False
+
+    def problems(self) -> dict[str, int]:
+        """The status of each code in its table of errors."""
+        return {kind["code"]: kind["status"] for kind in json.loads(self._get("/errors"))}
 
     def gauges(self) -> dict[str, float]:
         """Its metrics, each summed over its labels."""

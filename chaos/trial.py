@@ -71,7 +71,7 @@ def try_out(fault: Fault, stack: Stack, known: Known, hold_s: float, allowance_s
 
     `allowance_s` is what the way to the client and back may cost beyond a deadline.
     """
-    with Load(known, stack.gateway.port) as load:
+    with Load(known, stack.gateway) as load:
         time.sleep(_WARM_UP_S)
         memory, shared = stack.memory(), sum(shared_memory().values())
         extra = fault.act(stack, known, hold_s) or []

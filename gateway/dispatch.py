@@ -209,7 +209,7 @@ class Dispatcher:
             free = [replica for replica in having if lane.room(replica) > 0]
             if not free:
                 return
-            replica = min(free, key=lambda each: (each.calls, each.called_at))
+            replica = min(free, key=lambda each: (each.is_shunned, each.calls, each.called_at))
             most = min(self._settings.group, replica.max_batch(lane.release))
             group = self._in_time(lane, lane.line.take(most, self._settings.group_bytes))
             if not group:

@@ -24,6 +24,8 @@ from gateway.triton import MalformedAnswer, TritonClient, TritonError
 _PROBE_EVERY_S = 0.1
 _PROBE_TIMEOUT_S = 5.0
 _RESOLVE_EVERY_S = 5.0
+_SHUN_S, _SHUN_MOST_S = 1.0, 60.0
+"""After a fault the other replicas come first for so long; twice as long after each that follows soon."""
 logger = logging.getLogger("gateway.fleet")
 
 
@@ -42,6 +44,8 @@ class Replica:
         """Why it gets no calls although it can be reached; empty where it does."""
         self.has_joined = False
         """Whether its releases have been tried once since it could be reached."""
+        self._shunned_s = 0.0
+        self._shunned_until = -math.inf
         self._suspected = asyncio.Event()
         self._release = ""
         self._refresh_s = settings.refresh_s
@@ -53,6 +57,15 @@ class Replica:
     def is_available(self) -> bool:
         """Whether it gets calls."""
         return not self.fault and self.releases.triton_version is not None
+
+    @property
+    def is_shunned(self) -> bool:
+        """Whether it is asked only where the others have no room: it failed lately, and may do so again.
+
+        Triton 24.10 starts no new process for a Python one that died: the rest of its model's processes answer, as a
+        golden picture shows, and every other call fails.
+        """
+        return time.monotonic() < self._shunned_until
 
     def serves(self, release: str) -> bool:
         """Whether the release may answer here."""
@@ -70,6 +83,10 @@ class Replica:
             return
         logger.warning("replica suspected", extra={"fields": {"replica": self.url, "reason": reason}})
         self.fault, self._release = reason, release
+        now = time.monotonic()
+        is_again = now < self._shunned_until + self._shunned_s
+        self._shunned_s = min(_SHUN_MOST_S, 2 * self._shunned_s) if is_again else _SHUN_S
+        self._shunned_until = now + self._shunned_s
         self._suspected.set()
         self._on_change()
 

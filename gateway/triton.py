@@ -25,11 +25,11 @@ _OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # A connection that swallows everything looks idle to TCP for a quarter of an hour. Triton bears pings this often
-    # because it answers questions in between.
+    # A connection that swallows everything looks idle to TCP for a quarter of an hour, and gRPC itself waits a minute
+    # for the answer to a ping. Triton bears pings this often because it answers questions in between.
     ("grpc.keepalive_time_ms", 3000),
-    ("grpc.keepalive_timeout_ms", 2000),
-    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.keepalive_timeout_ms", 3000),
+    ("grpc.http2.ping_timeout_ms", 3000),
 ]
 _NUMBERS = {"FP32": "<f4", "INT64": "<i8"}
 

@@ -1,0 +1,71 @@
+"""Faults on real servers under load: `make chaos` in small, two Tritons and a gateway for the rows that matter most."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from chaos.faults import FAULTS
+from chaos.load import Known, Load
+from chaos.stack import Triton
+from chaos.trial import stack_for, try_out
+from export.repository import Repository
+
+
+@pytest.fixture(scope="module")
+def tritons(tiny_only: Path) -> Iterator[list[Triton]]:
+    pair = [Triton(tiny_only), Triton(tiny_only)]
+    try:
+        yield pair
+    finally:
+        for triton in pair:
+            triton.stop()
+
+
+@pytest.fixture(scope="module")
+def known(tiny_only: Path) -> Known:
+    return Known(Repository(tiny_only).releases("tiny"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "replica-kill",
+        "replica-hang",
+        "replica-drain",
+        "classifier-kill",
+        "black-hole",
+        "clients-vanish",
+        "clients-trickle",
+    ],
+)
+def test_a_fault_costs_no_more_than_is_promised(name: str, tritons: list[Triton], known: Known, tmp_path: Path) -> None:
+    for triton in tritons:
+        if not triton.is_running:
+            triton.start()
+    with (tmp_path / "log").open("wb") as log, stack_for(FAULTS[name], tritons, "tiny", log) as stack:
+        report = try_out(FAULTS[name], stack, known, hold_s=2.0, allowance_s=1.0)
+    assert report.problems == [], report
+    assert report.answered > 0
+
+
+def test_the_clients_notice_an_answer_that_is_not_the_recorded_one(
+    tritons: list[Triton], known: Known, tmp_path: Path
+) -> None:
+    release = known.releases[-1]
+    golden = [
+        replace(each, scores={label: 1 - score for label, score in each.scores.items()}) for each in release.golden
+    ]
+    misled = Known([replace(release, golden=tuple(golden))])
+    if not tritons[0].is_running:
+        tritons[0].start()
+    with (tmp_path / "log").open("wb") as log, stack_for(FAULTS["flood"], tritons, "tiny", log) as stack:
+        with Load(misled, stack.gateway) as load:
+            time.sleep(1)
+        ends = {each.end for each in load.seen if each.is_ordinary}
+    assert "wrong" in ends
+    assert not load.is_clean(60)
