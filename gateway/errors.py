@@ -70,6 +70,7 @@ PROBLEMS: dict[str, Kind] = {
     "unknown_release": Kind(404, "There is no such release", "Pin one of those in the detail, or none."),
     "retired_release": Kind(410, "The release was retired", "Pin one of those in the detail, or none."),
     "method_not_allowed": Kind(405, "The path does not take this method", "See /docs for the methods."),
+    "rate_limited": Kind(429, "More requests than this key may send", "Slow down; try again after Retry-After."),
     # The service could not answer.
     "overloaded": Kind(503, "More is asked than can be answered in time", "Try again after Retry-After, or later."),
     "client_gone": Kind(499, "The client left before its answer", "Nobody reads this: it is for the log."),
