@@ -93,9 +93,10 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
         operation_id="predict",
     )
     async def predict_route(request: Request) -> Response:
-        request_id, log = request.state.request_id, request.state.log
-        asker = Asker(request_id, request.state.client.name, budget.deadline(request, settings))
+        request_id, client, log = request.state.request_id, request.state.client, request.state.log
+        asker = Asker(request_id, client.name, budget.deadline(request, settings))
         with service.predicting():
+            service.rates.spend(client.name, client.rate)
             if "model_version" not in request.query_params:
                 service.require_room(asker)  # before the work of reading
             picture = await read_picture(request, settings, asker.deadline)
@@ -118,7 +119,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
         "/v1/predict/batch",
         summary="Judge several pictures",
         response_model=schemas.BatchResponse,
-        responses=openapi_responses(*_READ),
+        responses=openapi_responses(*_READ, "rate_limited"),
         openapi_extra={
             "requestBody": OPENAPI_BATCH_BODY,
             "parameters": [budget.OPENAPI_PARAMETER],
@@ -127,13 +128,14 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
         operation_id="predict_batch",
     )
     async def batch_route(request: Request) -> Response:
-        request_id, client = request.state.request_id, request.state.client.name
+        request_id, client = request.state.request_id, request.state.client
         deadline = budget.deadline(request, settings)
         with service.predicting():
             items = await read_batch(request, settings, deadline)
+            service.rates.spend(client.name, client.rate, len(items))
 
             async def result(i: int, item: Picture | Failure) -> schemas.BatchAnswer | schemas.BatchProblem:
-                asker = Asker(f"{request_id}-{i}", client, deadline)
+                asker = Asker(f"{request_id}-{i}", client.name, deadline)
                 try:
                     if isinstance(item, Failure):
                         raise item

@@ -178,6 +178,10 @@ PROBLEMS: dict[str, Kind] = {
         503, "More is asked than can be answered in time", "Try again after Retry-After, or later.",
         "service", "admission", True, 1,
     ),
+    "rate_limited": Kind(
+        429, "More requests than this key may send", "Slow down; try again after Retry-After.",
+        "client", "admission", True, 1,
+    ),
     "client_gone": Kind(
         499, "The client left before its answer", "Nobody reads this: it is for the log.", "client", "answer", True
     ),

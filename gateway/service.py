@@ -20,6 +20,7 @@ from gateway.keys import ApiKeys
 from gateway.metrics import Metrics, gauge, gauge_by
 from gateway.mirrors import Mirrors
 from gateway.predict import Answer, Asker, predict
+from gateway.rates import Rates
 from gateway.router import Router
 from gateway.routing import RoutingFile
 from gateway.schemas import Metadata
@@ -52,6 +53,7 @@ class Service:
         self.comparisons = Comparisons()
         self.fetcher = Fetcher(settings)
         self.mirrors = Mirrors(self.dispatcher, self.router, self.comparisons, metrics, settings)
+        self.rates = Rates()
         self.in_flight = 0
         """Predictions that were begun and not yet answered."""
         metrics.observe(self._gauges)

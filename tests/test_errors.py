@@ -73,7 +73,14 @@ def scene(
     triton: Endpoint, client: httpx.Client, jpeg: bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scene]:
     folder = tmp_path_factory.mktemp("errors")
-    limits = {"max_body_bytes": 2048, "body_timeout_s": 0.5, "headers_timeout_s": 0.5, "max_connections": 4}
+    (folder / "keys.toml").write_text(f'[[keys]]\nclient = "slow"\nsha256 = "{hash_of("slow")}"\nrate = 1\n')
+    limits = {
+        "api_keys_file": folder / "keys.toml",
+        "max_body_bytes": 2048,
+        "body_timeout_s": 0.5,
+        "headers_timeout_s": 0.5,
+        "max_connections": 4,
+    }
     with (
         TamperingProxy(triton) as proxy,
         Server(response(b"x" * (len(jpeg) + 1)), PLACES) as web,
@@ -103,6 +110,13 @@ def located(scene: Scene, url: str) -> httpx.Response:
 
 def strict(scene: Scene, head: bytes, *rest: bytes) -> httpx.Response:
     return exchange(scene.strict.port, head + f"X-API-Key: {KEY}\r\n".encode(), *rest)
+
+
+def hurried(scene: Scene) -> httpx.Response:
+    """The last of several requests of a client that may send one a second."""
+    for _ in range(3):
+        response = exchange(scene.strict.port, HEAD + b"X-API-Key: slow\r\nContent-Length: 1\r\n\r\nx")
+    return response
 
 
 def too_many(scene: Scene) -> httpx.Response:
@@ -154,6 +168,7 @@ CASES: dict[str, Callable[[Scene], httpx.Response]] = {
     "retired_release": lambda scene: spoilt(scene, "", "?model_version=defect-v8"),
     "release_unavailable": lambda scene: spoilt(scene, "", "?model_version=defect-v9"),
     "triton_unavailable": lambda scene: strict(scene, HEAD, b"Content-Length: 1\r\n\r\nx"),
+    "rate_limited": hurried,
     "internal_error": broken,
     "url_invalid": lambda scene: located(scene, f"{scene.web}/a b"),
     "url_not_allowed": lambda scene: located(scene, "https://example.com/a.jpg"),

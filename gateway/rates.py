@@ -1,0 +1,47 @@
+"""How many requests a second each client may send: a token bucket a client, filled at the client's own rate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gateway.errors import Failure
+
+_BURST_S = 1.0
+"""A client that was quiet may send what this long earns it at once, and one request at least."""
+
+
+@dataclass
+class _Bucket:
+    tokens: float
+    filled_at: float
+
+
+class Rates:
+    """The buckets of all clients. Only named clients have one, so there are as many as there are keys at most."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._buckets: dict[str, _Bucket] = {}
+
+    def spend(self, client: str, rate: float | None, pictures: int = 1) -> None:
+        """Take the pictures of one request of a client that may send `rate` a second; None: as many as it likes.
+
+        More than are left are lent, and earned back before the next request.
+
+        Raises:
+            Failure: rate_limited.
+        """
+        if rate is None:
+            self._buckets.pop(client, None)
+            return
+        most, now = max(1.0, rate * _BURST_S), self._now()
+        bucket = self._buckets.setdefault(client, _Bucket(most, now))
+        bucket.tokens = min(most, bucket.tokens + rate * (now - bucket.filled_at))
+        bucket.filled_at = now
+        if bucket.tokens < 1:
+            detail = f"{client} may send {rate:g} requests a second"
+            raise Failure("rate_limited", detail, retry_after=math.ceil((1 - bucket.tokens) / rate))
+        bucket.tokens -= pictures
