@@ -73,8 +73,10 @@ def scene(
     triton: Endpoint, client: httpx.Client, jpeg: bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scene]:
     folder = tmp_path_factory.mktemp("errors")
-    (folder / "keys.toml").write_text(f'[[keys]]\nclient = "slow"\nsha256 = "{hash_of("slow")}"\nrate = 1\n')
+    key = f'[[keys]]\nclient = "slow"\nsha256 = "{hash_of("slow")}"\nrate = 1\n'
+    (folder / "keys.toml").write_text(key)
     limits = {
+        "api_keys": f"test:{hash_of(KEY)}",
         "api_keys_file": folder / "keys.toml",
         "max_body_bytes": 2048,
         "body_timeout_s": 0.5,
@@ -88,7 +90,7 @@ def scene(
         GatewayProcess(
             proxy.endpoint, folder / "faulty.log", **without_obstore(patch, folder), **fetching(web, jpeg)
         ) as faulty,
-        GatewayProcess(free_endpoint(), folder / "strict.log", api_keys=f"test:{hash_of(KEY)}", **limits) as strict,
+        GatewayProcess(free_endpoint(), folder / "strict.log", **limits) as strict,
         httpx.Client(base_url=faulty.url, timeout=30) as to_faulty,
     ):
         wait_for(faulty.is_ready)
