@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 DATA ?= ../shared/data/parcels
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve rollback test lint export openapi train perf perf-drops perf-tools bench lock clean
+.PHONY: help setup serve rollback test lint export openapi train perf overload perf-drops perf-tools bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ perf: setup export perf-tools ## Run perf_analyzer on the newest release
 
 bench: setup export perf-tools ## Measure the stack beside the machine's limit and in-process apps (needs wrk)
 	@$(RUN) -m perf.bench $(if $(wildcard $(DATA)/valid),--pictures $(DATA)/valid)
+
+overload: setup export ## Measure what is answered in time at one, two and five times the capacity
+	@$(RUN) -m perf.overload $(if $(wildcard $(DATA)/valid),--pictures $(DATA)/valid)
 
 perf-drops: setup export ## Measure the time from a dropped version to its first answer
 	@$(RUN) -m perf.drops
