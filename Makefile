@@ -7,7 +7,7 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve rollback test lint export openapi train perf perf-drops perf-tools
-.PHONY: bench bench-contenders contenders soak tune chaos lock clean
+.PHONY: bench bench-contenders contenders soak overload tune chaos lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ soak: setup export ## Send 50,000 requests of every kind; does the memory of the
 
 tune: setup export perf-tools ## Find the serving settings that are best on this machine (OPTIONS="--p99-ms 250 --write")
 	@$(RUN) -m perf.tune $(if $(wildcard $(DATA)/valid),--pictures $(DATA)/valid) $(OPTIONS)
+
+overload: setup export ## Measure what is answered in time at one, two and five times the capacity
+	@$(RUN) -m perf.overload $(if $(wildcard $(DATA)/valid),--pictures $(DATA)/valid)
 
 perf-drops: setup export ## Measure the time from a dropped version to its first answer
 	@$(RUN) -m perf.drops

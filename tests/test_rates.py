@@ -56,6 +56,7 @@ def test_who_comes_back_when_told_is_let_in() -> None:
             pass
         with pytest.raises(Failure, match="rate_limited") as caught:
             rates.spend("scanner", rate)
+        assert caught.value.code == "rate_limited"
         assert caught.value.retry_after is not None
         clock.now += caught.value.retry_after
         assert is_let_in(rates, "scanner", rate)
