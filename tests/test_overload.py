@@ -1,0 +1,137 @@
+"""Deadlines, clients that leave, and more requests than can be answered: through the gateway, on a real Triton."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from gateway.budget import HEADER
+from perf.load import Generator
+from perf.overload import share_kept
+from tests.conftest import EXAMPLES, GatewayProcess, wait_for
+from tests.test_dispatch import inferred
+from tests.test_problems import IMAGE, assert_problem
+from triton_runtime.server import Endpoint, TritonServer
+from triton_runtime.stack import free_endpoint
+
+
+def gauge(gateway: GatewayProcess, name: str) -> float:
+    lines = httpx.get(f"{gateway.url}/metrics").text.splitlines()
+    return sum(float(line.split()[1]) for line in lines if line.split("{")[0].split()[0] == name)
+
+
+def is_at_rest(gateway: GatewayProcess) -> bool:
+    return all(gauge(gateway, f"gateway_{name}") == 0 for name in ("in_flight", "waiting", "calls"))
+
+
+def head(length: int, timeout_ms: int) -> bytes:
+    lines = ("POST /v1/predict HTTP/1.1", "Host: x", "Content-Type: image/jpeg", f"Content-Length: {length}")
+    return "\r\n".join([*lines, f"{HEADER}: {timeout_ms}", "", ""]).encode()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "1e3", "soon", "", "3600001", "99999999", "²"])
+def test_a_timeout_that_is_none_is_refused(client: httpx.Client, jpeg: bytes, value: str) -> None:
+    headers = [(b"Content-Type", b"image/jpeg"), (HEADER.encode(), value.encode())]
+    assert_problem(client.post("/v1/predict", content=jpeg, headers=headers), "invalid_request")
+
+
+def test_what_cannot_be_met_is_a_typed_error(client: httpx.Client, jpeg: bytes) -> None:
+    assert client.post("/v1/predict", content=jpeg, headers={**IMAGE, HEADER: "30000"}).status_code == 200
+    assert_problem(client.post("/v1/predict", content=jpeg, headers={**IMAGE, HEADER: "1"}), "deadline_exceeded")
+
+
+@pytest.mark.parametrize(("asked", "cap", "expected"), [(400, 30, 0.4), (3_600_000, 0.6, 0.6)])
+def test_the_time_counts_from_the_head_and_has_a_cap(
+    triton: Endpoint, tmp_path: Path, asked: int, cap: float, expected: float
+) -> None:
+    with (
+        GatewayProcess(triton, tmp_path / "log", max_deadline_s=cap) as gateway,
+        socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection,
+    ):
+        started = time.monotonic()
+        connection.sendall(head(5000, asked) + b"\xff\xd8")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 408")
+        assert expected <= time.monotonic() - started < 10
+
+
+def test_server_timing_adds_up(client: httpx.Client, jpeg: bytes) -> None:
+    header = client.post("/v1/predict", content=jpeg, headers=IMAGE).headers["Server-Timing"]
+    parts = {name: float(value) for name, value in (entry.split(";dur=") for entry in header.split(", "))}
+    assert list(parts) == ["read", "admit", "queue", "preprocess", "infer", "postprocess", "total"]
+    assert sum(parts.values()) - parts["total"] == pytest.approx(parts["total"], abs=0.1)
+
+
+def test_clients_that_leave_cost_triton_nothing(gateway: GatewayProcess, triton: Endpoint, jpeg: bytes) -> None:
+    wait_for(lambda: is_at_rest(gateway))
+    before = inferred(triton, "classifier")
+    connections = [socket.create_connection(("127.0.0.1", gateway.port), timeout=30) for _ in range(100)]
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(lambda each: each.sendall(head(len(jpeg), 30_000) + jpeg), connections))
+    for connection in connections:
+        connection.close()
+    wait_for(lambda: is_at_rest(gateway))
+    assert inferred(triton, "classifier") - before < 60
+    assert '"code": "client_gone"' in gateway.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def narrow(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    """A Triton whose steps let one call wait."""
+    root = Path(shutil.copytree(pristine, tmp_path_factory.mktemp("narrow") / "model_repository"))
+    for file in root.glob("defect_*/config.pbtxt"):
+        text = file.read_text()
+        assert "max_queue_size: 256" in text
+        file.write_text(text.replace("max_queue_size: 256", "max_queue_size: 1"))
+    with TritonServer(root, free_endpoint()) as server:
+        server.wait_until_ready()
+        yield server.endpoint
+
+
+def test_a_full_queue_in_triton_is_overload(narrow: Endpoint, jpeg: bytes, tmp_path: Path) -> None:
+    """Two gateways do not know of each other: Triton's queue is what they share."""
+    with (
+        GatewayProcess(narrow, tmp_path / "one", deadline_s=30, group=1) as one,
+        GatewayProcess(narrow, tmp_path / "two", deadline_s=30, group=1) as two,
+        ThreadPoolExecutor(48) as pool,
+    ):
+        for gateway in (one, two):
+            wait_for(gateway.is_ready)
+
+        def ask(number: int) -> httpx.Response:
+            gateway = (one, two)[number % 2]
+            return httpx.post(f"{gateway.url}/v1/predict", content=jpeg, headers=IMAGE, timeout=60)
+
+        responses = list(pool.map(ask, range(96)))
+        refused = [response for response in responses if response.status_code != 200]
+        for response in refused:
+            assert_problem(response, "overloaded")
+            assert int(response.headers["Retry-After"]) >= 1
+        assert any("queue size" in response.json()["detail"] for response in refused)
+        assert len(refused) < 80
+        for gateway in (one, two):
+            wait_for(lambda gateway=gateway: is_at_rest(gateway))
+            assert "replica suspected" not in gateway.log.read_text()
+
+
+def test_overload_is_refused_early_and_the_rest_is_answered(triton: Endpoint, tmp_path: Path) -> None:
+    pictures = [path.read_bytes() for path in EXAMPLES]
+    deadline_s = 1.0
+    with GatewayProcess(triton, tmp_path / "log", log_level="error") as gateway:
+        wait_for(gateway.is_ready)
+        patient = Generator("127.0.0.1", gateway.port, pictures, 30.0)
+        patient.closed(16, 1)
+        capacity = patient.closed(16, 3)
+        three = Generator("127.0.0.1", gateway.port, pictures, deadline_s).open(3 * capacity.goodput, 4)
+        wait_for(lambda: is_at_rest(gateway))
+        assert set(three.codes) <= {"overloaded", "deadline_exceeded"}
+        assert three.codes["overloaded"] > 0.1 * three.offered
+        assert sorted(three.refused_s)[len(three.refused_s) // 2] < deadline_s / 4
+        assert share_kept({"capacity": capacity, "3x": three}) > 0.3
+        assert gauge(gateway, "gateway_calls_limit") <= 16
