@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from gateway.budget import HEADER
-from perf.load import Generator
+from perf.generator import Generator
 from perf.overload import share_kept
 from tests.conftest import EXAMPLES, GatewayProcess, wait_for
 from tests.test_dispatch import inferred
