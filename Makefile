@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 DATA ?= ../shared/data/parcels
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve rollback test lint export openapi train perf perf-drops perf-tools bench lock clean
+.PHONY: help setup serve rollback test fuzz lint export openapi train perf perf-drops perf-tools bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,11 @@ rollback: setup ## Have the release before the stable one answer again
 
 test: setup export perf-tools ## Run all tests
 	$(RUN) -m pytest
+
+fuzz: setup export ## Send FILES bad pictures, and CASES requests made from the OpenAPI document, to a real stack
+	@mkdir -p build/fuzz
+	@$(RUN) -m tests.fuzzing.pictures --files $(or $(FILES),2000) 2> build/fuzz/pictures.log
+	@$(RUN) -m tests.fuzzing.api --cases $(or $(CASES),5000) 2> build/fuzz/api.log
 
 lint: setup ## Check style and types (ruff, mypy)
 	$(VENV)/bin/ruff check .
