@@ -6,7 +6,7 @@ DATA ?= ../shared/data/parcels
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve rollback test lint export openapi train perf perf-drops perf-tools
+.PHONY: help setup serve rollback test fuzz lint export openapi train perf perf-drops perf-tools
 .PHONY: bench bench-contenders contenders soak overload tune chaos lock clean
 
 help: ## List the targets
@@ -29,6 +29,11 @@ rollback: setup ## Have the release before the stable one answer again
 test: setup export perf-tools ## Run all tests, WORKERS=2 at a time but for those that want the machine to themselves
 	$(RUN) -m pytest -m 'not alone' -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	$(RUN) -m pytest -m alone
+
+fuzz: setup export ## Send FILES bad pictures, and CASES requests made from the OpenAPI document, to a real stack
+	@mkdir -p build/fuzz
+	@$(RUN) -m tests.fuzzing.pictures --files $(or $(FILES),2000) 2> build/fuzz/pictures.log
+	@$(RUN) -m tests.fuzzing.api --cases $(or $(CASES),5000) 2> build/fuzz/api.log
 
 lint: setup ## Check style and types (ruff, mypy)
 	$(VENV)/bin/ruff check .

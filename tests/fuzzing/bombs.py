@@ -11,21 +11,23 @@ from PIL import Image
 from tests.fuzzing import handmade
 from tests.fuzzing.seeds import Seed, encode, seeds
 
-_BELOW, _ABOVE = 7000, 7200
-"""Sides of squares just below and just above the limit of 50 megapixels."""
+_SIDE = 7000
+"""Of a square just below the limit of 50 megapixels."""
 _SCANS = 20_000
 """In a progressive JPEG. Each takes a few bytes, and is decoded over all of the picture: this file, for minutes."""
 
 
+def bomb(corpus: int, number: int) -> Seed:
+    """Bomb `number` of a corpus: of each kind in turn, and of each kind its files in turn."""
+    kinds = (_declared, _texts, _exif, _repeated, largest)
+    files = kinds[number % len(kinds)]()
+    return files[(corpus + number // len(kinds)) % len(files)]
+
+
 @functools.cache
-def bombs() -> list[Seed]:
-    """Every bomb."""
-    return [*_declared(), *_inflating(), *_texts(), *_exif(), *_repeated()]
-
-
 def _declared() -> list[Seed]:
     """Sizes that nothing follows, that are zero, or that overflow 16 or 32 bits when they are multiplied."""
-    sizes = [(0, 0), (0, 100), (1, 2**31 - 1), (2**31 - 1, 2**31 - 1), (2**32 - 1, 1), (65536, 65536), (_BELOW, _BELOW)]
+    sizes = [(0, 0), (0, 100), (1, 2**31 - 1), (2**31 - 1, 2**31 - 1), (2**32 - 1, 1), (65536, 65536), (_SIDE, _SIDE)]
     found = []
     for width, height in sizes:
         size = f"{width} x {height} declared"
@@ -46,30 +48,30 @@ def _declared() -> list[Seed]:
     return found + [Seed("the largest declared", format_, data) for format_, data in sized.items()]
 
 
-def _inflating() -> list[Seed]:
-    """One colour compresses a thousandfold; just below the limit of pixels it must be answered, above it refused."""
-    found = []
-    for side in (_BELOW, _ABOVE):
-        for mode, format_, options in (
-            ("L", "PNG", {}),
-            ("RGBA", "PNG", {}),
-            ("L", "JPEG", {}),
-            ("CMYK", "JPEG", {"progressive": True}),
-            ("RGB", "WEBP", {"lossless": True, "method": 0}),
-            ("L", "GIF", {}),
-            ("F", "TIFF", {"compression": "tiff_adobe_deflate"}),
-            ("I;16", "TIFF", {"compression": "tiff_adobe_deflate"}),
-            ("LAB", "TIFF", {"compression": "tiff_adobe_deflate"}),
-        ):
-            data = encode(Image.new(mode, (side, side)), format_, **options)
-            found.append(Seed(f"{side} x {side} of one colour, mode {mode}", format_, data))
-        row = b"".join(b"\xff\x07" for _ in range(side // 255)) + bytes((side % 255, 7)) + b"\0\0"
-        found.append(Seed(f"{side} x {side} of run lengths", "BMP", handmade.run_length_bmp(side, side, row * side)))
-        rgba16 = handmade.png(side, side, (b"\0" + bytes(8 * side)) * side, depth=16, colour=6)
-        found.append(Seed(f"{side} x {side} of 64 bits", "PNG", rgba16))
-    return found
+@functools.cache
+def largest() -> list[Seed]:
+    """One colour compresses a thousandfold. Just below the limit of pixels: they must be answered."""
+    deflate = {"compression": "tiff_adobe_deflate"}
+    modes: list[tuple[str, str, dict[str, object]]] = [
+        ("L", "PNG", {"compress_level": 1}),
+        ("RGBA", "PNG", {"compress_level": 1}),
+        ("L", "JPEG", {}),
+        ("CMYK", "JPEG", {"progressive": True}),
+        ("RGB", "WEBP", {"lossless": True, "method": 0}),
+        ("L", "GIF", {}),
+        ("F", "TIFF", deflate),
+        ("I;16", "TIFF", deflate),
+        ("LAB", "TIFF", deflate),
+    ]
+    made = [
+        (mode, format_, encode(Image.new(mode, (_SIDE, _SIDE)), format_, **options)) for mode, format_, options in modes
+    ]
+    row = b"\xff\7" * (_SIDE // 255) + bytes((_SIDE % 255, 7)) + b"\0\0"
+    made.append(("run lengths", "BMP", handmade.run_length_bmp(_SIDE, _SIDE, row * _SIDE)))
+    return [Seed(f"{_SIDE} x {_SIDE} of one colour, {mode}", format_, data) for mode, format_, data in made]
 
 
+@functools.cache
 def _texts() -> list[Seed]:
     """Chunks beside the pixels that inflate to 64 MiB, or are simply large."""
     inflating = zlib.compress(bytes(64 * 2**20))
@@ -93,6 +95,7 @@ def _texts() -> list[Seed]:
     ]
 
 
+@functools.cache
 def _exif() -> list[Seed]:
     """Blocks that lie, in each format that has them."""
     found = []
@@ -110,9 +113,10 @@ def _exif() -> list[Seed]:
     return found
 
 
+@functools.cache
 def _repeated() -> list[Seed]:
     """The same part again and again."""
-    progressive = encode(Image.new("L", (_BELOW, _BELOW), 128), "JPEG", progressive=True)
+    progressive = encode(Image.new("L", (_SIDE, _SIDE), 128), "JPEG", progressive=True)
     scan = progressive[progressive.rindex(b"\xff\xda") : -2]
     frame = encode(Image.new("P", (1, 1)), "GIF")
     start = frame.index(b",")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.fuzzing import anatomy
-from tests.fuzzing.bombs import bombs
+from tests.fuzzing.bombs import bomb
 from tests.fuzzing.seeds import TYPES, Seed, seeds
 
 _NUMBERS = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
@@ -32,7 +32,7 @@ def specimen(corpus: int, number: int) -> Specimen:
     """File `number` of the corpus with the seed `corpus`. One in twenty is a bomb, in turn."""
     chance = random.Random(f"{corpus}:{number}")
     if number % 20 == 19:
-        start, names = bombs()[(corpus + number // 20) % len(bombs())], ["bomb"]
+        start, names = bomb(corpus, number // 20), ["bomb"]
         data = start.data
     else:
         start = seeds()[(corpus + number) % len(seeds())]

@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from gateway.schemas import PredictResponse
-from tests.fuzzing.bombs import bombs
+from tests.fuzzing.bombs import largest
 from tests.fuzzing.corpus import Specimen, specimen
 from tests.fuzzing.seeds import TYPES, Seed, seeds
 from tests.fuzzing.stack import Stack, started
@@ -78,13 +78,23 @@ def outcome(response: httpx.Response) -> str:
     return str(problem["code"])
 
 
-def fuzz(stack: Stack, specimens: Iterable[Specimen], console: Console, total: int) -> Findings:
-    """Send them all, `AT_ONCE` at a time, with good pictures in between."""
+def fuzz(
+    stack: Stack, specimens: Iterable[Specimen], total: int, warm_up: Iterable[Seed], console: Console
+) -> Findings:
+    """Send them all, `AT_ONCE` at a time, with good pictures in between.
+
+    Args:
+        stack: where to.
+        specimens: the bad pictures, made as they are needed.
+        total: how many they are.
+        warm_up: good pictures that come before memory is first looked at.
+        console: for the progress.
+    """
     findings = Findings()
     good = [seed for seed in seeds() if seed.name in ("baseline", "EXIF and ICC", "lossless", "tiff_lzw")]
     with httpx.Client(base_url=stack.url, timeout=150) as http, ThreadPoolExecutor(AT_ONCE) as pool:
         expected = {seed: _scores(send(http, seed.data, "bytes", TYPES[seed.format])) for seed in good}
-        for seed in _largest():  # the stubs have then grown as far as they may
+        for seed in warm_up:
             send(http, seed.data, "bytes", TYPES[seed.format]).raise_for_status()
         before = stack.vitals()
 
@@ -113,11 +123,6 @@ def fuzz(stack: Stack, specimens: Iterable[Specimen], console: Console, total: i
     answers = sum(findings.outcomes.values()) + findings.good
     findings.lost += stack.vitals().worsened(before, answers)
     return findings
-
-
-def _largest() -> list[Seed]:
-    """Those of the greatest pictures just below the limit, one after the other for each stub."""
-    return 2 * [bomb for bomb in bombs() if bomb.name.startswith("7000 x 7000 of")]
 
 
 def _scores(response: httpx.Response) -> Any:
@@ -171,7 +176,8 @@ def main(arguments: list[str] | None = None) -> int:
         for bad in (specimen(options.seed, number) for number in numbers):
             _keep(bad, options.keep)
     with started() as stack:
-        findings = fuzz(stack, specimens, console, len(numbers))
+        # For each stub: it has then grown as far as it may.
+        findings = fuzz(stack, specimens, len(numbers), 2 * largest(), console)
     report(findings, console, options.seed)
     return 1 if findings.wrong or findings.lost else 0
 

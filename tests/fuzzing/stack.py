@@ -34,8 +34,8 @@ class Vitals:
     successes: int
     """Pictures that Triton counts as answered by the release."""
 
-    def worsened(self, before: Vitals, sent: int) -> list[str]:
-        """What is worse than before, after `sent` pictures that Triton must have seen."""
+    def worsened(self, before: Vitals, sent: int | None = None) -> list[str]:
+        """What is worse than before, after `sent` pictures that Triton must have seen, if that is known."""
         found = []
         if self.stubs.keys() != before.stubs.keys():
             found.append(f"stubs died: {sorted(before.stubs)} became {sorted(self.stubs)}")
@@ -52,7 +52,7 @@ class Vitals:
             for model, n in self.failures.items()
             if n > before.failures[model]
         ]
-        if (counted := self.successes - before.successes) != sent:
+        if sent is not None and (counted := self.successes - before.successes) != sent:
             found.append(f"Triton counts {counted} pictures, {sent} were sent")
         return found
 
