@@ -248,6 +248,9 @@ def _complete_openapi(app: FastAPI) -> None:
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 components.update(schema.pop("$defs", {}))
                 components[model.__name__] = schema
+            # Anything is taken as an item, and what is no request for one picture is told in its place.
+            item = {"anyOf": [{"$ref": "#/components/schemas/PredictRequest"}, {}]}
+            components["BatchRequest"]["properties"]["items"]["items"] = item
             for name in ("HTTPValidationError", "ValidationError"):
                 components.pop(name, None)
             for path in document["paths"].values():

@@ -34,7 +34,9 @@ schemathesis.openapi.media_type("image/*", st.sampled_from([*_GOOD, *_BAD]) | st
 
 @schemathesis.hook
 def map_case(context: schemathesis.HookContext, case: Case) -> Case:
-    """Put a picture where the schema can only ask for base64, and JSON where a form can only ask for text."""
+    """Put a picture where the schema can only ask for base64, JSON where a form can only ask for text; give it time."""
+    if case.headers and case.meta and case.meta.generation.mode.is_positive and "X-Timeout-Ms" in case.headers:
+        case.headers["X-Timeout-Ms"] = "30000"
     if case.meta and case.meta.generation.mode.is_positive and isinstance(case.body, dict):
         image, metadata = case.body.get("image"), case.body.get("metadata")
         if isinstance(image, str) and len(image) > 4:  # the shortest ones stay as they are

@@ -81,7 +81,7 @@ class Stack:
             shared=sum(path.stat().st_blocks * 512 for path in SHARED_MEMORY_FOLDER.glob("triton_*")),
             in_flight=int(float(in_flight[1])),
             failures={model["name"]: model["inference_stats"]["fail"]["count"] for model in statistics},
-            successes=sum(m["inference_stats"]["success"]["count"] for m in statistics if m["name"] == release),
+            successes=sum(model["inference_count"] for model in statistics if model["name"] == release),
         )
 
 
