@@ -66,7 +66,7 @@ class Serving(Table):
 
     max_batch_size: int = Field(default=8, ge=1, le=256)
     queue_delay_us: int = Field(default=0, ge=0, le=1_000_000)
-    max_queue_size: int = Field(default=256, ge=0, le=100_000)
+    max_queue_size: int = Field(default=0, ge=0, le=100_000)
     preprocess: PythonStep = PythonStep()
     classifier: ClassifierStep = ClassifierStep()
     postprocess: PythonStep = PythonStep()
@@ -196,7 +196,8 @@ def _step(pipeline: str, step: str, versions: Iterable[int], serving: Serving) -
     )
     config.version_policy.specific.versions.extend(sorted(versions))
     config.dynamic_batching.max_queue_delay_microseconds = serving.queue_delay_us
-    config.dynamic_batching.default_queue_policy.max_queue_size = serving.max_queue_size
+    if serving.max_queue_size:  # not even an empty policy otherwise: see serving.toml
+        config.dynamic_batching.default_queue_policy.max_queue_size = serving.max_queue_size
     return config
 
 

@@ -94,7 +94,7 @@ class Analyzer:
         command += [f"--input-data={inputs}", "--percentile=95", f"--measurement-interval={interval_ms}"]
         # Windows need not agree: on a shared machine they rarely do.
         command += ["--stability-percentage=999", f"--max-trials={WINDOWS}"]
-        command += ["-b", str(group)]
+        command += ["-b", str(group)] if group > 1 else []
         command += ["-x", str(version)] if version else []
         if load.request_rate:
             # Asynchronous: a thread a request would let few requests wait at once.

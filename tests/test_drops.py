@@ -320,8 +320,9 @@ def test_a_published_version_that_is_damaged_is_taken_out_of_sight(
 
 
 def test_force_overrules_a_judgement_loudly_and_is_recorded(
-    tiny: Repository, capsys: pytest.CaptureFixture[str]
+    tiny: Repository, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow table leaves words out
     folder = tiny.step_folder("tiny", "classifier", 2)
     folder.mkdir()
     drops.BROKEN["swapped outputs"].make(folder)

@@ -87,8 +87,9 @@ def narrow(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     root = Path(shutil.copytree(pristine, tmp_path_factory.mktemp("narrow") / "model_repository"))
     for file in root.glob("defect_*/config.pbtxt"):
         text = file.read_text()
-        assert "max_queue_size: 256" in text
-        file.write_text(text.replace("max_queue_size: 256", "max_queue_size: 1"))
+        limited = text.replace("dynamic_batching {", "dynamic_batching {\n  default_queue_policy { max_queue_size: 1 }")
+        assert limited != text
+        file.write_text(limited)
     with TritonServer(root, free_endpoint()) as server:
         server.wait_until_ready()
         yield server.endpoint

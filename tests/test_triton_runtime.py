@@ -104,7 +104,8 @@ def test_the_configuration_is_what_the_design_asks_for(pristine: Path, release: 
         ("postprocess", group.KIND_CPU),
     ):
         model = read(f"defect_{step}")
-        assert model.dynamic_batching.default_queue_policy.max_queue_size > 0
+        assert model.HasField("dynamic_batching")
+        assert not model.dynamic_batching.HasField("default_queue_policy"), "one stalls lone requests: serving.toml"
         assert [g.kind for g in model.instance_group] == [kind]
         assert list(model.version_policy.specific.versions) == [1]
     assert {w.batch_size for w in read("defect_classifier").model_warmup} == {
@@ -124,6 +125,11 @@ def test_tensorrt_is_an_option() -> None:
     assert accelerator.parameters["trt_engine_cache_enable"] == "true"
     assert accelerator.parameters["trt_engine_cache_path"] == "/var/cache/tensorrt/defect"
     assert config.parse(config.render(rendered).decode()) == rendered
+
+
+def test_a_bound_on_triton_s_queues_is_an_option() -> None:
+    rendered = config.postprocess("defect", [1], 2, config.Serving.model_validate({"max_queue_size": 9}))
+    assert rendered.dynamic_batching.default_queue_policy.max_queue_size == 9
 
 
 # ---- what it refuses ----

@@ -21,7 +21,7 @@ OTHERS = [space.changed(PRESENT, {"queue_delay_us": 1000 * i}) for i in (1, 2, 3
 
 
 def measured(throughput: float, latency: float) -> Measurement:
-    return Measurement(16, throughput, latency / 2, latency, latency, latency)
+    return Measurement(16, throughput, latency / 2, latency, latency, latency, mean=latency / 2)
 
 
 def trial(serving: Serving, throughput: list[float], latency: list[float]) -> Trial:

@@ -9,6 +9,7 @@ import base64
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -71,11 +72,15 @@ def session(model: Path, threads: int | None = 1) -> onnxruntime.InferenceSessio
 
 
 def load_preprocess(path: Path) -> Preprocess:
-    """The function of a release's preprocessing.py."""
+    """The function of a release's preprocessing.py; no byte code is left beside it, which would reload the model."""
     spec = importlib.util.spec_from_file_location("preprocessing", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = before
     preprocess: Preprocess = module.preprocess
     return preprocess
 
