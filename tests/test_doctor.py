@@ -116,8 +116,8 @@ WARNINGS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a default queue timeout": (
         lambda r: edit(
             r / "defect_preprocess/config.pbtxt",
-            "default_queue_policy {",
-            "default_queue_policy { default_timeout_microseconds: 5",
+            "dynamic_batching {",
+            "dynamic_batching { default_queue_policy { default_timeout_microseconds: 5 }",
         ),
         "queue timeout",
     ),
