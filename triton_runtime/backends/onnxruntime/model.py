@@ -2,14 +2,19 @@
 
 The wheel that the embedded server comes from has no ONNX Runtime backend. This one answers to the same name
 and reads the same `config.pbtxt`, so the same repository runs here and on the C++ backend of NVIDIA's image.
-Understood: `default_model_filename` and the parameters `intra_op_thread_count`, `inter_op_thread_count` (both
-default to 1 here: one thread an instance, more throughput from more instances) and `graph_optimization_level`
-(-1 basic, 0 or 1 all). Accelerators are ignored: there is no GPU where this backend runs.
+Accelerators are ignored: there is no GPU where this backend runs. Understood are `default_model_filename` and these
+parameters, of which the C++ backend knows the first three:
+
+    intra_op_thread_count, inter_op_thread_count   1 by default: more throughput comes from more instances
+    graph_optimization_level                       -1 basic, 0 or 1 all
+    items_per_run                                  a batch goes through the model so many at a time; 0: all at once
+    idle_thread_count                              threads of a run that finds so many processors idle
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +23,7 @@ import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
-    """One session in a process of its own."""
+    """One instance of the model, in a process of its own."""
 
     @staticmethod
     def auto_complete_config(auto_complete_model_config):
@@ -34,18 +39,16 @@ class TritonPythonModel:
         """
         config = json.loads(args["model_config"])
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = int(parameters.get("intra_op_thread_count", 1))
-        options.inter_op_num_threads = int(parameters.get("inter_op_thread_count", 1))
-        if parameters.get("graph_optimization_level") == "-1":
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        # A spinning thread steals a core from the other instances.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         file = config["default_model_filename"] or "model.onnx"
-        path = Path(args["model_repository"], args["model_version"], file)
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        path = str(Path(args["model_repository"], args["model_version"], file))
         self.inputs = [tensor["name"] for tensor in config["input"]]
         self.outputs = [tensor["name"] for tensor in config["output"]]
+        self.items_per_run = int(parameters.get("items_per_run", 0)) or int(config["max_batch_size"]) or 1
+        threads = int(parameters.get("intra_op_thread_count", 1))
+        self.session = _session(path, parameters, threads)
+        self.processors = Processors()
+        self.idle_threads = min(int(parameters.get("idle_thread_count", 1)), self.processors.count)
+        self.idle_session = _session(path, parameters, self.idle_threads) if self.idle_threads > threads else None
 
     def execute(self, requests: list) -> list:
         """Run all requests that Triton batched together as one batch, and split the outputs again."""
@@ -55,7 +58,7 @@ class TritonPythonModel:
                 name: parts[0] if len(parts) == 1 else np.concatenate(parts)
                 for name, parts in zip(self.inputs, zip(*tensors, strict=True), strict=True)
             }
-            results = self.session.run(self.outputs, feed)
+            results = self._run(feed)
         except Exception as error:
             failure = pb_utils.TritonError(f"onnxruntime: {error}")
             return [pb_utils.InferenceResponse([], failure) for _ in requests]
@@ -68,5 +71,54 @@ class TritonPythonModel:
             for parts in zip(*splits, strict=True)
         ]
 
+    def _run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        size, step = len(feed[self.inputs[0]]), self.items_per_run
+        if size <= step:
+            return self._best_session().run(self.outputs, feed)
+        runs = [
+            self._best_session().run(self.outputs, {name: items[i : i + step] for name, items in feed.items()})
+            for i in range(0, size, step)
+        ]
+        return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
+
+    def _best_session(self) -> onnxruntime.InferenceSession:
+        if self.idle_session is not None and self.processors.are_idle(self.idle_threads):
+            return self.idle_session
+        return self.session
+
     def _inputs_of(self, request) -> list[np.ndarray]:
         return [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs]
+
+
+def _session(path: str, parameters: dict[str, str], threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = int(parameters.get("inter_op_thread_count", 1))
+    if parameters.get("graph_optimization_level") == "-1":
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    # Threads that sleep between two operators take longer to wake than an operator takes; threads that spin between two
+    # runs steal processors from others.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+class Processors:
+    """The processors that this process may use, and how many of them are idle."""
+
+    def __init__(self) -> None:
+        self.count = len(os.sched_getaffinity(0))
+        self._file = os.open("/proc/loadavg", os.O_RDONLY)
+
+    def are_idle(self, wanted: int) -> bool:
+        """Whether nobody else wants so many, that of the caller included."""
+        missing = wanted - self._idle()
+        if missing == 1:
+            # Perhaps whoever woke us, who is done but for going to sleep, and waits for our processor to do so.
+            os.sched_yield()
+            missing = wanted - self._idle()
+        return missing <= 0
+
+    def _idle(self) -> int:
+        running = os.pread(self._file, 64, 0).split()[3].partition(b"/")[0]
+        return self.count - int(running) + 1
