@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import signal
@@ -75,6 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         # Uvicorn raises the signal once more when it has shut down; an orderly end is no failure.
         signal.signal(number, lambda *_: None)
+    # What is there now stays: the garbage collector need not look at it over and over.
+    gc.collect()
+    gc.freeze()
     server = uvicorn.Server(config)
     server.run()
     return 0 if server.started else 1

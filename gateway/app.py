@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.background import BackgroundTask
@@ -17,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from gateway import budget, pages, schemas, views
 from gateway.access import OPENAPI_SCHEMES, OPENAPI_SECURITY, Access
+from gateway.direct import Direct
 from gateway.errors import PROBLEMS, Failure, Problem, codes_of, openapi_responses
 from gateway.ingest import (
     OPENAPI_BATCH_BODY,
@@ -65,9 +67,6 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
         description=_DESCRIPTION,
         lifespan=lifespan,
     )
-    app.add_middleware(Access, keys=keys)
-    app.add_middleware(RequestContext, metrics=metrics)  # the outermost: added last
-
     @app.exception_handler(Failure)
     async def on_failure(request: Request, failure: Failure) -> Response:
         return problem_response(request, failure)
@@ -97,20 +96,21 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
         asker = Asker(request_id, client.name, budget.deadline(request, settings))
         with service.predicting():
             service.rates.spend(client.name, client.rate)
-            if "model_version" not in request.query_params:
+            if not request.scope["query_string"]:  # which may name another release
                 service.require_room(asker)  # before the work of reading
             picture = await read_picture(request, settings, asker.deadline)
-            async with budget.ended_by_leaving(request):
+            with budget.Bounded(request):
                 judged = await service.judge(picture, asker, request.headers)
-        body = views.prediction(request_id, judged, request.state.started)
+        timing = views.timing(judged, request.state.started)
+        body = views.prediction(request_id, judged, timing)
         metrics.predicted(body.model_version, body.route)
         log["release"], log["route"], log["label"] = body.model_version, body.route, body.label
-        log["timing_ms"] = body.timing_ms.model_dump()
+        log["timing_ms"] = timing
         if picture.url is not None:
             log["fetch_ms"] = round(judged.fetch_s * 1e3, 3)
         if judged.answer.passed_over:
             log["passed_over"] = str(judged.answer.passed_over)
-        headers = {"Server-Timing": views.server_timing(body.timing_ms)}
+        headers = {"Server-Timing": views.server_timing(timing)}
         # Starlette runs it once the answer was sent.
         compare = BackgroundTask(service.compare, judged, request_id)
         return Response(body.model_dump_json(), 200, headers, "application/json", compare)
@@ -142,12 +142,13 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
                     judged = await service.judge(item, asker, request.headers)
                 except Failure as failure:
                     return schemas.BatchProblem(problem=Problem.of(failure, asker.request_id))
-                answer = views.prediction(asker.request_id, judged, request.state.started)
+                answer = views.prediction(asker.request_id, judged, views.timing(judged, request.state.started))
                 metrics.predicted(answer.model_version, answer.route)
                 return schemas.BatchAnswer(answer=answer)
 
-            async with budget.ended_by_leaving(request), asyncio.TaskGroup() as group:
-                tasks = [group.create_task(result(i, item)) for i, item in enumerate(items)]
+            with budget.Bounded(request):
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(result(i, item)) for i, item in enumerate(items)]
         results = [task.result() for task in tasks]
         failed = [result.problem.code for result in results if isinstance(result, schemas.BatchProblem)]
         request.state.log["items"], request.state.log["failed"] = len(results), dict(Counter(failed))
@@ -232,6 +233,12 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
         response.headers["Vary"] = "Accept"
         return pages.error(code) if pages.wants_html(request) else views.error(code)
 
+    predictions = (predict_route, batch_route)
+    app.add_middleware(
+        Direct, routes=[route for route in app.routes if isinstance(route, APIRoute) and route.endpoint in predictions]
+    )
+    app.add_middleware(Access, keys=keys)
+    app.add_middleware(RequestContext, metrics=metrics)  # the outermost: added last
     _complete_openapi(app)
     return app
 

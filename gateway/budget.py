@@ -1,10 +1,10 @@
-"""The time that a request has, and what ends it early: a client that left."""
+"""The time that a request has, and what ends its work early: no time left, or a client that left."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import Callable
+from types import TracebackType
 
 from starlette.requests import Request
 
@@ -12,6 +12,8 @@ from gateway.errors import Failure
 from gateway.settings import Settings
 
 HEADER = "X-Timeout-Ms"
+DEPARTURE = "departure"
+"""Where in a request's state its connection leaves a `Departure` (connection.py)."""
 
 OPENAPI_PARAMETER = {
     "name": HEADER,
@@ -37,30 +39,73 @@ def deadline(request: Request, settings: Settings) -> float:
     return float(request.state.started) + min(int(text) / 1000, settings.max_deadline_s)
 
 
-@contextlib.asynccontextmanager
-async def ended_by_leaving(request: Request) -> AsyncIterator[None]:
-    """Cancel this block when the client closes its connection. The body must have been read.
+class Departure:
+    """Whether the client of a connection has left, and who wants to know at once."""
+
+    def __init__(self) -> None:
+        self.has_happened = False
+        self.then: Callable[[], None] | None = None
+
+    def happen(self) -> None:
+        """The connection is closed."""
+        self.has_happened = True
+        if self.then:
+            self.then()
+
+
+class Bounded:
+    """`with Bounded(request):` ends the work of this block when the client closes its connection, or the time is over.
+
+    Args:
+        request: whose client it is.
+        seconds: how long the block may take; None: as long as it likes.
+        late: makes what it fails with after that.
 
     Raises:
-        Failure: client_gone.
+        Failure: client_gone, or the one for the time.
     """
-    worker = asyncio.current_task()
-    assert worker is not None
-    has_left = False
 
-    async def listen() -> None:
-        nonlocal has_left
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        has_left = True
-        worker.cancel()
+    def __init__(
+        self, request: Request, seconds: float | None = None, late: Callable[[], Failure] | None = None
+    ) -> None:
+        self._departure: Departure = request.scope["state"][DEPARTURE]
+        self._seconds, self._late = seconds, late
+        self._timer: asyncio.TimerHandle | None = None
+        self._failure: Failure | None = None
 
-    listener = asyncio.create_task(listen())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not has_left or worker.uncancel():
-            raise
-        raise Failure("client_gone", "the connection was closed") from None
-    finally:
-        listener.cancel()
+    def __enter__(self) -> None:
+        """Begin the block."""
+        if self._departure.has_happened:
+            raise _gone()
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._departure.then = self._on_departure
+        if self._seconds is not None:
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, self._seconds), self._on_time)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End the block; a cancellation that came from here becomes its failure."""
+        self._departure.then = None
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._failure is not None and kind is asyncio.CancelledError and not self._task.uncancel():
+            raise self._failure from None
+
+    def _on_departure(self) -> None:
+        self._end(_gone())
+
+    def _on_time(self) -> None:
+        assert self._late is not None
+        self._end(self._late())
+
+    def _end(self, failure: Failure) -> None:
+        if self._failure is None:
+            self._failure = failure
+            self._task.cancel()
+
+
+def _gone() -> Failure:
+    return Failure("client_gone", "the connection was closed")

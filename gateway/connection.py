@@ -16,6 +16,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway.access import is_open
+from gateway.budget import DEPARTURE, Departure
 from gateway.errors import Failure
 from gateway.metrics import Metrics
 from gateway.middleware import REFUSAL
@@ -63,6 +64,7 @@ class Connection(HttpToolsProtocol):
         self._idle_bytes = 0  # since the last progress: a head, a piece of a body, or a request that is complete
         self._timer: asyncio.TimerHandle | None = None
         self._is_broken = False
+        self._departure = Departure()
 
     # ---- called by the event loop ----
 
@@ -84,17 +86,20 @@ class Connection(HttpToolsProtocol):
         self._stop_timer()
         self.metrics.connections.dec()
         super().connection_lost(exc)
+        self._departure.happen()
 
     def data_received(self, data: bytes) -> None:
         """Read on, within the bounds. One call brings a bounded piece, so only what comes in many is counted here."""
         if self._is_broken:
             return
-        if self._in_head and self._timer is None:
-            self._start_timer()
         self._idle_bytes += len(data)
         counted = self._idle_bytes
         super().data_received(data)
-        if self._idle_bytes == counted > MAX_HEAD and not self._is_broken:
+        if self._is_broken:
+            return
+        if self._in_head and self._idle_bytes and self._timer is None:
+            self._start_timer()
+        if self._idle_bytes == counted > MAX_HEAD:
             self._refuse(_too_long(self.url) if self._in_head else Failure("malformed_request", "the body has no end"))
 
     # ---- called by the parser ----
@@ -102,6 +107,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
+        self.scope["state"][DEPARTURE] = self._departure
         self._has_begun = True
 
     def on_header(self, name: bytes, value: bytes) -> None:

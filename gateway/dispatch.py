@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ _RETRIES_EARNED = 0.1
 """Retries are a tenth of the answers at most, so that a failing server is not buried under them; some are saved up."""
 _RECENT = 0.2
 """Weight of the newest call in what calls are expected to take."""
+_PATIENCE = 0.1
+"""For so much of what a call takes, a call waits for more pictures while Triton has others to work on: clients that
+were answered together ask again one by one, and would each get a call of their own."""
 _CAUTION = 1.25
 """So many times longer than expected an answer may take: who is let in on the edge is answered late as often as not."""
 
@@ -69,6 +73,8 @@ class Lane:
         """The same, of those that were answered."""
         self._picture_s = 0.0
         """The same, for each of its pictures."""
+        self.alarm: asyncio.TimerHandle | None = None
+        """When a call that waits for more pictures goes, however many there are."""
 
     def room(self, replica: Replica) -> int:
         """How many more calls a replica may get."""
@@ -81,6 +87,11 @@ class Lane:
         ahead = min(len(self.line) + 1, (own + 1) * clients)
         slots = sum(self.knees[replica].limit for replica in replicas) or 1
         return ahead * self._picture_s / slots + self.call_s
+
+    def share(self, replicas: list[Replica]) -> int:
+        """How many pictures each call has where all that are there are spread evenly over the calls that may be."""
+        there = len(self.line) + sum(len(call.group) for call in self.calls)
+        return math.ceil(there / max(1, sum(self.knees[replica].limit for replica in replicas)))
 
     def is_too_late(self, waiting: Waiting) -> bool:
         """Whether a call made now is expected to end after the deadline. Never where that could not be found out."""
@@ -141,7 +152,7 @@ class Dispatcher:
         """
         left = deadline - time.monotonic()
         if left <= 0:
-            raise Failure("deadline_exceeded", "the time for this request is over")
+            raise _over()
         lane = self._lanes.get(release)
         if lane is None or not lane.line:
             return
@@ -175,15 +186,14 @@ class Dispatcher:
         while self._is_full(0) and (other := lane.line.last_of_longer(client)):
             lane.line.remove(other)
             _fail(other, Failure("overloaded", "another client's turn came first", retry_after=lane.call_s))
+        alarm = asyncio.get_running_loop().call_later(deadline - time.monotonic(), _fail, waiting, _over())
         try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                ran = await waiting.answer
+            ran = await waiting.answer
             if time.monotonic() > deadline:  # it came while the process was busy, and before its alarm
-                raise TimeoutError
+                raise _over()
             return ran
-        except TimeoutError:
-            raise Failure("deadline_exceeded", "the time for this request is over") from None
         finally:
+            alarm.cancel()
             if waiting.call is None:
                 lane.line.remove(waiting)
             elif waiting.call.task and all(each.answer.done() for each in waiting.call.group):
@@ -196,8 +206,10 @@ class Dispatcher:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _pump(self, lane: Lane) -> None:
-        """Send what can be sent."""
+    def _pump(self, lane: Lane, is_overdue: bool = False) -> None:
+        """Send what can be sent; `is_overdue`: its first call has waited for more pictures long enough."""
+        if is_overdue:
+            lane.alarm = None
         while lane.line:
             try:
                 having = self._fleet.having(lane.release)
@@ -211,6 +223,16 @@ class Dispatcher:
                 return
             replica = min(free, key=lambda each: (each.is_shunned, each.calls, each.called_at))
             most = min(self._settings.group, replica.max_batch(lane.release))
+            most = min(most, lane.share(having))
+            # As long as the replica has as many calls but one as it works on, the last one can wait for its share.
+            if len(lane.line) < most and lane.room(replica) == 1 and not is_overdue:
+                if lane.alarm is None:
+                    wait = _PATIENCE * lane.call_s
+                    lane.alarm = asyncio.get_running_loop().call_later(wait, self._pump, lane, True)
+                return
+            if lane.alarm is not None:
+                lane.alarm.cancel()
+            lane.alarm, is_overdue = None, False
             group = self._in_time(lane, lane.line.take(most, self._settings.group_bytes))
             if not group:
                 continue
@@ -274,7 +296,7 @@ class Dispatcher:
         if error.status is grpc.StatusCode.DEADLINE_EXCEEDED:
             call.is_given_up = True
             for waiting in call.group:
-                _fail(waiting, Failure("deadline_exceeded", "the time for this request is over"))
+                _fail(waiting, _over())
         elif error.is_queue_full:  # by others than this gateway: each of the group alone would make it worse
             lane.knees[call.replica].full()
             for waiting in call.group:
@@ -312,6 +334,10 @@ class Dispatcher:
             for replica in [replica for replica in lane.knees if replica not in there]:
                 del lane.knees[replica]  # it starts slowly, should it come back
             self._pump(lane)
+
+
+def _over() -> Failure:
+    return Failure("deadline_exceeded", "the time for this request is over")
 
 
 def _too_late(expected: float, left: float) -> Failure:

@@ -5,7 +5,6 @@ Bounded in size and time; nothing is written to disk. A body is read up to its l
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import json
@@ -16,7 +15,7 @@ from dataclasses import dataclass, replace
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from gateway import budget
 from gateway.errors import Failure
@@ -102,6 +101,8 @@ async def read_picture(request: Request, settings: Settings, deadline: float) ->
     else:
         picture = Picture(body, {})
     _require_small(picture.metadata, settings.max_metadata_bytes)
+    if not request.scope["query_string"]:
+        return picture
     return replace(picture, pin=_one_pin(request.query_params.getlist("model_version"), picture.pin))
 
 
@@ -152,20 +153,23 @@ async def _read_body(request: Request, settings: Settings, deadline: float) -> b
     declared = request.headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and int(declared) > limit:
         raise too_large
-    chunks, size = [], 0
+    chunks: list[bytes] = []
+    size = 0
     seconds = min(settings.body_timeout_s, deadline - time.monotonic())
-    try:
-        async with asyncio.timeout(seconds):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    raise too_large
-                chunks.append(chunk)
-    except TimeoutError:
-        raise Failure("body_timeout", f"{size:,} bytes came within {seconds:.3g} s") from None
-    except ClientDisconnect:
-        raise Failure("client_gone", "the connection was closed before the body was complete") from None
-    return b"".join(chunks)
+    with budget.Bounded(
+        request, seconds, late=lambda: Failure("body_timeout", f"{size:,} bytes came within {seconds:.3g} s")
+    ):
+        is_complete = False
+        while not is_complete:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise Failure("client_gone", "the connection was closed before the body was complete")
+            chunks.append(message.get("body", b""))
+            is_complete = not message.get("more_body", False)
+            size += len(chunks[-1])
+            if size > limit:
+                raise too_large
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def _from_json(body: bytes) -> Picture:

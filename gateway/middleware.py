@@ -14,7 +14,6 @@ import time
 import uuid
 from typing import Any
 
-from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,17 +21,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.errors import MEDIA_TYPE, PROBLEMS, Failure, Problem
 from gateway.metrics import Metrics
 
-REQUEST_ID = "X-Request-ID"
+REQUEST_ID = "x-request-id"
 REFUSAL = "refusal"
 """Where in a request's state the connection leaves the `Failure` that it found (connection.py)."""
 _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",  # pages.py has its own
-}
-_HSTS = "max-age=31536000"
+_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),  # pages.py has its own
+]
+_HSTS = (b"strict-transport-security", b"max-age=31536000")
 logger = logging.getLogger("gateway.request")
 
 
@@ -63,20 +62,20 @@ class RequestContext:
             await self.app(scope, receive, send)
             return
         request = Request(scope)
-        sent = request.headers.get(REQUEST_ID, "")
-        request_id = sent if _ACCEPTED_ID.fullmatch(sent) else uuid.uuid4().hex
+        sent = request.headers.get(REQUEST_ID)
+        request_id = sent if sent and _ACCEPTED_ID.fullmatch(sent) else uuid.uuid4().hex
         started = time.monotonic()
         log: dict[str, Any] = {"request_id": request_id, "method": scope["method"], "path": scope["path"][:200]}
         request.state.request_id, request.state.started, request.state.log = request_id, started, log
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers[REQUEST_ID] = request_id
-                for name, value in _HEADERS.items():
-                    headers.setdefault(name, value)
+                headers = message["headers"]
+                there = {name for name, _ in headers}
+                headers += [header for header in _HEADERS if header[0] not in there]
+                headers.append((REQUEST_ID.encode(), request_id.encode()))
                 if scope["scheme"] == "https":
-                    headers["Strict-Transport-Security"] = _HSTS
+                    headers.append(_HSTS)
                 log["status"] = message["status"]
             await send(message)
 

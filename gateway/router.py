@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from contract import Manifest, parse_release_name
-from contract.routing import LATEST
+from contract.routing import LATEST, Routing
 from gateway.catalogue import Catalogue
 from gateway.errors import Failure
 from gateway.predict import Candidate
@@ -18,11 +18,15 @@ from gateway.schemas import Metadata, Role
 
 @dataclass(frozen=True)
 class InForce:
-    """Who plays which role now. `warning` says what the routing file asks for and cannot have."""
+    """Who plays which role now, and the others that may answer, the one to be asked first in front.
+
+    `warning` says what the routing file asks for and cannot have.
+    """
 
     stable: Manifest | None
     canary: Manifest | None
     shadow: Manifest | None
+    others: tuple[Manifest, ...]
     warning: str
 
     def roles(self, name: str) -> list[Role]:
@@ -37,10 +41,18 @@ class Router:
     def __init__(self, file: RoutingFile, releases: Catalogue) -> None:
         self.file = file
         self._releases = releases
+        self._from: tuple[Routing, list[Manifest]] | None = None
+        """What `_in_force` was made from: most requests find it as it was."""
+        self._in_force: InForce
 
     def in_force(self) -> InForce:
         """The roles, as they can be filled now."""
-        routing, active = self.file.routing, self._releases.active()
+        found = self.file.routing, self._releases.active()
+        if found != self._from:
+            self._from, self._in_force = found, self._fill(*found)
+        return self._in_force
+
+    def _fill(self, routing: Routing, active: list[Manifest]) -> InForce:
         by_name = {release.name: release for release in active}
         proven = (release for release in active if release.name not in routing.on_trial)
         latest = next(proven, active[0] if active else None)
@@ -56,7 +68,11 @@ class Router:
             elif rule and trials[role] is stable:
                 trials[role] = None
                 warnings.append(f"{role} {rule.release} is also the stable release")
-        return InForce(stable, trials["canary"], trials["shadow"], "; ".join(warnings))
+        canary = trials["canary"]
+        # Should stable fail: what answered before it, and only then what is newer.
+        others = [release for release in active if release not in (stable, canary)]
+        others.sort(key=lambda each: (stable is not None and each.number < stable.number, each.number), reverse=True)
+        return InForce(stable, canary, trials["shadow"], tuple(others), "; ".join(warnings))
 
     def stable(self) -> Manifest:
         """The release that answers what is neither pinned nor the canary's.
@@ -83,10 +99,7 @@ class Router:
             return [Candidate(self._pinned(pin), "pinned")]
         in_force = self.in_force()
         stable = self._stable(in_force)
-        # Should stable fail: what answered before it, and only then what is newer.
-        others = [release for release in self._releases.active() if release not in (stable, in_force.canary)]
-        others.sort(key=lambda release: (release.number < stable.number, release.number), reverse=True)
-        rest = [Candidate(release, "fallback") for release in others]
+        rest = [Candidate(release, "fallback") for release in in_force.others]
         rule = self.file.routing.canary
         if in_force.canary and rule and draw(_sticky(rule.sticky, metadata, headers)) < rule.percent:
             return [Candidate(in_force.canary, "canary"), Candidate(stable, "fallback"), *rest]

@@ -14,11 +14,24 @@ from gateway.service import Judged, Service
 CONTRACT = "v1"
 
 
-def prediction(request_id: str, judged: Judged, started: float) -> schemas.PredictResponse:
-    """The answer to one picture of a request that started then (monotonic seconds)."""
+def timing(judged: Judged, started: float) -> dict[str, float]:
+    """Where the time of a request went that started then (monotonic seconds): milliseconds, as `schemas.Timing`."""
+    began, prepared, decided, ended = judged.answer.inference.times_ns
+    sent = judged.answer.sent
+    return {
+        "read": round((judged.began - started) * 1e3, 3),
+        "admit": round((sent - judged.began) * 1e3, 3),
+        "queue": round(max(0.0, (judged.ended - sent) * 1e3 - (ended - began) / 1e6), 3),
+        "preprocess": round((prepared - began) / 1e6, 3),
+        "infer": round((decided - prepared) / 1e6, 3),
+        "postprocess": round((ended - decided) / 1e6, 3),
+        "total": round((judged.ended - started) * 1e3, 3),
+    }
+
+
+def prediction(request_id: str, judged: Judged, timing: dict[str, float]) -> schemas.PredictResponse:
+    """The answer to one picture."""
     answer, inference = judged.answer, judged.answer.inference
-    began, prepared, decided, ended = inference.times_ns
-    in_steps = (ended - began) / 1e6
     return schemas.PredictResponse(
         request_id=request_id,
         model_version=answer.release.name,
@@ -27,21 +40,13 @@ def prediction(request_id: str, judged: Judged, started: float) -> schemas.Predi
         confidence=_probability(inference.confidence),
         scores=[schemas.Score(label=name, confidence=_probability(p)) for name, p in inference.scores],
         metadata=judged.metadata,
-        timing_ms=schemas.Timing(
-            read=round((judged.began - started) * 1e3, 3),
-            admit=round((answer.sent - judged.began) * 1e3, 3),
-            queue=round(max(0.0, (judged.ended - answer.sent) * 1e3 - in_steps), 3),
-            preprocess=round((prepared - began) / 1e6, 3),
-            infer=round((decided - prepared) / 1e6, 3),
-            postprocess=round((ended - decided) / 1e6, 3),
-            total=round((judged.ended - started) * 1e3, 3),
-        ),
+        timing_ms=schemas.Timing(**timing),
     )
 
 
-def server_timing(timing: schemas.Timing) -> str:
-    """The same, as the header Server-Timing."""
-    return ", ".join(f"{name};dur={value}" for name, value in timing)
+def server_timing(timing: dict[str, float]) -> str:
+    """The same as `timing`, as the header Server-Timing."""
+    return ", ".join([f"{name};dur={value}" for name, value in timing.items()])
 
 
 def version(service: Service) -> schemas.Version:
