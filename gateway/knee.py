@@ -2,8 +2,8 @@
 
 Up to the knee, more calls at once mean more answers a second; beyond it they only wait in Triton's queues, where they
 cannot be grouped, put in a fair order or given up cheaply. The idea is that of TCP Vegas: of `limit` calls that take
-`slowdown` times as long as beside few others, `limit * (1 - 1 / slowdown)` are waiting. One waiting call keeps the
-processors busy; two are one too many. TCP compares with the least time ever seen; where every call takes another
+`slowdown` times as long as beside few others, `limit * (1 - 1 / slowdown)` are waiting. About one keeps the processors
+busy; more would only make the calls smaller, and each has its price. TCP compares with the least time ever seen; where every call takes another
 time, as here, that would mistake each one for a queue, so medians are compared with medians.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 
 _FEWEST, _MOST = 2, 256
-_WAITING = (1.0, 2.0)
+_WAITING = (0.5, 1.25)
 _MARGIN = 0.05
 """Of the limit: no median of a few calls is more exact."""
 _SAMPLES = 20
@@ -27,7 +27,7 @@ class Knee:
     def __init__(self) -> None:
         self._limit = float(_FEWEST)
         self._is_starting = True
-        """Never yet too many: the limit doubles."""
+        """Never yet too many: the limit grows by half."""
         self._is_learning = True
         self._alone: dict[int, list[float]] = {}
         """Pictures in a call -> seconds that it takes beside few others."""
@@ -67,7 +67,7 @@ class Knee:
         too_few, too_many = (number + _MARGIN * self._limit for number in _WAITING)
         self._is_starting = self._is_starting and waiting < too_few
         if self._is_starting:
-            self._limit *= 2
+            self._limit = max(self._limit + 1, 1.5 * self._limit)
         elif waiting < too_few:
             self._limit += 1
         elif waiting > too_many:
