@@ -67,6 +67,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
         description=_DESCRIPTION,
         lifespan=lifespan,
     )
+
     @app.exception_handler(Failure)
     async def on_failure(request: Request, failure: Failure) -> Response:
         return problem_response(request, failure)

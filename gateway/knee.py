@@ -3,8 +3,8 @@
 Up to the knee, more calls at once mean more answers a second; beyond it they only wait in Triton's queues, where they
 cannot be grouped, put in a fair order or given up cheaply. The idea is that of TCP Vegas: of `limit` calls that take
 `slowdown` times as long as beside few others, `limit * (1 - 1 / slowdown)` are waiting. About one keeps the processors
-busy; more would only make the calls smaller, and each has its price. TCP compares with the least time ever seen; where every call takes another
-time, as here, that would mistake each one for a queue, so medians are compared with medians.
+busy; more would only make the calls smaller, and each has its price. TCP compares with the least time ever seen; where
+every call takes another time, as here, that would mistake each one for a queue, so medians are compared with medians.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import sys
 from datetime import datetime, timezone
 from typing import Any
 
-
 _encode = json.JSONEncoder(default=str).encode
 
 

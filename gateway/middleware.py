@@ -36,9 +36,11 @@ logger = logging.getLogger("gateway.request")
 
 
 def problem_response(request: Request, failure: Failure) -> Response:
-    """The response for a failure; its code goes into the request's log line."""
+    """The response for a failure; its code goes into the request's log line, and what is not the client's with detail."""
     kind, problem = PROBLEMS[failure.code], Problem.of(failure, request.state.request_id)
     request.state.log["code"] = failure.code
+    if kind.fault != "client":
+        request.state.log["detail"] = failure.detail
     headers = {}
     if kind.step == "connection" or kind.status in (408, 413):
         headers["Connection"] = "close"  # what else comes is not read

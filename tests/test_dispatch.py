@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 
@@ -148,6 +149,21 @@ def test_groups_have_bounds(
     lab(work, **settings)
 
 
+def test_clients_that_ask_again_at_once_share_calls(lab: Callable[..., None], jpeg: bytes) -> None:
+    """They come back one by one; a call each would cost several times what their pictures do."""
+
+    async def work(lab: Lab) -> None:
+        async def client(name: str) -> None:
+            for _ in range(12):
+                await lab.ask(jpeg, name)
+
+        await asyncio.gather(*(client(f"{i}") for i in range(12)))
+        calls, pictures = lab.sizes()
+        assert pictures >= 2 * calls
+
+    lab(work)
+
+
 def test_a_flood_of_one_client_leaves_the_others_their_share(lab: Callable[..., None], jpeg: bytes) -> None:
     async def work(lab: Lab) -> None:
         flood = [asyncio.create_task(outcome(lab.ask(jpeg, "flood"))) for _ in range(150)]
@@ -243,6 +259,30 @@ def test_an_unknown_release_is_refused(lab: Callable[..., None], jpeg: bytes) ->
 
 
 # ---- the line ----
+
+
+@pytest.mark.parametrize(
+    ("status", "detail", "is_of_the_server"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, "Server is stopping, scheduler for model has stopped accepting", True),
+        (grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size", False),
+        (grpc.StatusCode.NOT_FOUND, "Request for unknown model: 'defect-v1' is not found", True),
+        (grpc.StatusCode.INTERNAL, "Stub process 'defect_classifier_0_0' is not healthy.", True),
+        (grpc.StatusCode.INTERNAL, "onnxruntime: the shape is wrong", False),
+        # Seen when a process that was given up had been stopped in the middle of its answer, and went on.
+        (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "in ensemble 'defect-v1', expected 4 inputs but got 3 inputs for model 'defect_postprocess'. Got input(s) "
+            "['PROBABILITIES','ERROR','TIMES'], but missing required input(s) ['DIGEST'].",
+            True,
+        ),
+        (grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape for input 'IMAGE'", False),
+    ],
+)
+def test_what_failed_because_of_the_server_is_told_from_the_rest(
+    status: grpc.StatusCode, detail: str, is_of_the_server: bool
+) -> None:
+    assert TritonError(status, detail).is_of_the_server is is_of_the_server
 
 
 def line(*waiting: tuple[str, int]) -> Line:

@@ -123,6 +123,7 @@ def test_a_request_is_one_line_of_json(
 def test_a_problem_is_logged_with_its_code(client: httpx.Client, gateway: GatewayProcess) -> None:
     client.post("/v1/predict", content=b"x", headers={"Content-Type": "image/png", "X-Request-ID": "log-test-bad"})
     (entry,) = lines(gateway, "log-test-bad")
+    assert "detail" not in entry, "it is the client's to mend"
     assert (entry["code"], entry["status"]) == ("image_unsupported", 422)
 
 

@@ -27,8 +27,8 @@ MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
     "MALLOC_TOP_PAD_": str(4 << 20),
 }
-"""Pictures and tensors come and go all the time. By default each gets fresh pages of the kernel, which has to clear them;
-so freed memory is kept for the next one."""
+"""Pictures and tensors come and go all the time. By default each gets fresh pages of the kernel, which has to clear
+them; so freed memory is kept for the next one."""
 
 SHARED_MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108 - where Linux keeps it
 

@@ -76,7 +76,9 @@ class Child:
 class Gateway(Child):
     """The gateway in front of `triton`."""
 
-    def __init__(self, triton: Endpoint, address: str, port: int, log_level: str = "info") -> None:
+    def __init__(
+        self, triton: Endpoint, address: str, port: int, log_level: str = "info", stdout: int | None = None
+    ) -> None:
         environment = {
             "GATEWAY_TRITON_URLS": triton.grpc_url,
             "GATEWAY_HOST": address,
@@ -88,7 +90,7 @@ class Gateway(Child):
         if keys or os.environ.get("GATEWAY_API_KEYS_FILE"):
             self._headers["X-API-Key"] = key = secrets.token_urlsafe(32)
             environment["GATEWAY_API_KEYS"] = f"{keys},serve:{hashlib.sha256(key.encode()).hexdigest()}"
-        super().__init__("gateway", environment=environment)
+        super().__init__("gateway", environment=environment, stdout=stdout)
         scheme = "https" if os.environ.get("GATEWAY_TLS_CERTIFICATE") else "http"
         self.url = f"{scheme}://{address}:{port}"
 

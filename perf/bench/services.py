@@ -116,7 +116,7 @@ def stack(repository: Path) -> Iterator[tuple[Service, TritonServer]]:
     """Gateway and Triton as `make serve` starts them, on ports of their own, answering."""
     with TritonServer(repository, free_endpoint()) as triton:
         triton.wait_until_ready()
-        with Gateway(triton.endpoint, "127.0.0.1", free_port(), log_level="error") as gateway:
+        with Gateway(triton.endpoint, "127.0.0.1", free_port(), stdout=subprocess.DEVNULL) as gateway:
             gateway.predict(SAMPLE, _PATIENCE_S)
             parts = {"gateway": psutil.Process(gateway.process.pid), "triton": psutil.Process(triton.process.pid)}
             yield Service(f"{gateway.url}/v1/predict", parts), triton

@@ -13,6 +13,7 @@ NAMES = (
     "postprocess.instances",
     "classifier.instances",
     "classifier.threads",
+    "classifier.pictures_per_run",
 )
 
 Grid = Mapping[str, Sequence[int]]
@@ -33,6 +34,7 @@ def default_grid(serving: Serving, cores: int) -> dict[str, list[int]]:
         "postprocess.instances": [1, 2],
         "classifier.instances": parallel,
         "classifier.threads": sorted({1, cores}),
+        "classifier.pictures_per_run": [1, 2, 4],
     }
 
 

@@ -106,9 +106,9 @@ def _session(path: str, parameters: dict[str, str], threads: int) -> onnxruntime
 class Processors:
     """The processors that this process may use, and how many of them are idle."""
 
-    def __init__(self) -> None:
+    def __init__(self, load: Path = Path("/proc/loadavg")) -> None:
         self.count = len(os.sched_getaffinity(0))
-        self._file = os.open("/proc/loadavg", os.O_RDONLY)
+        self._file = os.open(load, os.O_RDONLY)  # its fourth field: how many run or could, of how many there are
 
     def are_idle(self, wanted: int) -> bool:
         """Whether nobody else wants so many, that of the caller included."""
