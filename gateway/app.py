@@ -240,11 +240,11 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
     )
     app.add_middleware(Access, keys=keys)
     app.add_middleware(RequestContext, metrics=metrics)  # the outermost: added last
-    _complete_openapi(app)
+    _complete_openapi(app, settings)
     return app
 
 
-def _complete_openapi(app: FastAPI) -> None:
+def _complete_openapi(app: FastAPI, settings: Settings) -> None:
     """Add the schemas that routes refer to by name, and drop FastAPI's own error format, which is never sent."""
     generate = app.openapi
 
@@ -258,7 +258,7 @@ def _complete_openapi(app: FastAPI) -> None:
                 components[model.__name__] = schema
             # Anything is taken as an item, and what is no request for one picture is told in its place.
             item = {"anyOf": [{"$ref": "#/components/schemas/PredictRequest"}, {}]}
-            components["BatchRequest"]["properties"]["items"]["items"] = item
+            components["BatchRequest"]["properties"]["items"] |= {"items": item, "maxItems": settings.max_items}
             for name in ("HTTPValidationError", "ValidationError"):
                 components.pop(name, None)
             for path in document["paths"].values():
