@@ -65,6 +65,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
         title="Parcel defect service",
         version=views.CONTRACT,
         description=_DESCRIPTION,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # metrics.py and logs.py have ours
         lifespan=lifespan,
     )
 

@@ -10,8 +10,8 @@ import asyncio
 import logging
 import math
 import re
+import secrets
 import time
-import uuid
 from typing import Any
 
 from starlette.requests import Request
@@ -65,7 +65,7 @@ class RequestContext:
             return
         request = Request(scope)
         sent = request.headers.get(REQUEST_ID)
-        request_id = sent if sent and _ACCEPTED_ID.fullmatch(sent) else uuid.uuid4().hex
+        request_id = sent if sent and _ACCEPTED_ID.fullmatch(sent) else secrets.token_hex(16)
         started = time.monotonic()
         log: dict[str, Any] = {"request_id": request_id, "method": scope["method"], "path": scope["path"][:200]}
         request.state.request_id, request.state.started, request.state.log = request_id, started, log

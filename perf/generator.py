@@ -13,6 +13,9 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
+
+import uvloop
 
 _PATIENCE_S = 10.0
 """For an answer beyond its deadline; what takes longer counts as lost."""
@@ -67,8 +70,7 @@ class _Connection(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are not of that class
 
     def connection_lost(self, _: Exception | None) -> None:
         if self._answer and not self._answer.done():
@@ -165,7 +167,7 @@ class Generator:
                     self._idle.pop().close()
 
         before = time.process_time()
-        load = asyncio.run(all_of_it())
+        load = uvloop.run(all_of_it())
         load.generator_s = time.process_time() - before
         return load
 
