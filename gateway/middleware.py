@@ -36,7 +36,7 @@ logger = logging.getLogger("gateway.request")
 
 
 def problem_response(request: Request, failure: Failure) -> Response:
-    """The response for a failure; its code goes into the request's log line, and what is not the client's with detail."""
+    """The response for a failure; its code goes into the log line, with what is not the client's also the detail."""
     kind, problem = PROBLEMS[failure.code], Problem.of(failure, request.state.request_id)
     request.state.log["code"] = failure.code
     if kind.fault != "client":

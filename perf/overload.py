@@ -1,8 +1,8 @@
 """`python -m perf.overload`: what is still answered in time when far more is asked than can be.
 
 First the capacity, with clients that wait for each answer; then multiples of it from clients that do not wait, each
-request with a deadline. Goodput is what is answered within it. Making the load takes the more of the machine the more is
-asked, which elsewhere clients do on machines of their own: that is set off before goodputs are compared.
+request with a deadline. Goodput is what is answered within it. Making the load takes a share of the machine, which
+clients elsewhere do not: that is set off before goodputs are compared.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def test_triton_may_come_late_go_and_come_back(pristine: Path, jpeg: bytes, tmp_
                 assert predict(gateway, jpeg).json()["model_version"] == "defect-v1"
         # Gone once more: what was known is kept, so the call is tried, and fails fast.
         assert_problem(predict(gateway, jpeg), "triton_unavailable")
-    assert f"127.0.0.1:{endpoint.grpc}: " in gateway.log.read_text(), "the line of a request says which server failed it"
+    assert f"127.0.0.1:{endpoint.grpc}: " in gateway.log.read_text(), "the log says which server failed it"
 
 
 def test_a_stuck_server_costs_no_more_than_the_deadline(jpeg: bytes, pristine: Path, tmp_path: Path) -> None:
