@@ -72,14 +72,18 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit(f"gateway: GATEWAY_TLS_CERTIFICATE, GATEWAY_TLS_KEY: {reason}") from None
     fields: dict[str, object] = {"host": settings.host, "port": settings.port, "triton": ",".join(settings.triton_urls)}
     fields |= {"tls": config.is_ssl, "keys": keys.are_needed}
-    logging.getLogger("gateway").info("starting", extra={"fields": fields})
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # Uvicorn raises the signal once more when it has shut down; an orderly end is no failure.
-        signal.signal(number, lambda *_: None)
     # What is there now stays: the garbage collector need not look at it over and over.
     gc.collect()
     gc.freeze()
     server = uvicorn.Server(config)
+
+    def stop(*_: object) -> None:
+        """Before uvicorn takes the signals over, and once it has shut down, when it raises them once more."""
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    logging.getLogger("gateway").info("starting", extra={"fields": fields})
     server.run()
     return 0 if server.started else 1
 

@@ -175,6 +175,7 @@ def test_there_may_be_as_many_open_files_as_connections(tmp_path: Path) -> None:
         assert b"starting" in gateway.stdout.readline()
         assert resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE) == (2100, 2100)
         gateway.terminate()
+        assert gateway.wait(timeout=60) == 0, "a signal that comes while it starts is not lost"
     environment["GATEWAY_MAX_CONNECTIONS"] = "1001"
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, **limits)
     assert run.stderr == "gateway: GATEWAY_MAX_CONNECTIONS=1001: needs 2102 open files, allowed are 2100\n"
