@@ -67,6 +67,15 @@ def get_input_tensor_by_name(request: InferenceRequest, name: str) -> Tensor | N
     return next((tensor for tensor in request.tensors if tensor.name() == name), None)
 
 
+def utilities() -> ModuleType:
+    """The stand-in for the module `triton_python_backend_utils`."""
+    module = ModuleType("triton_python_backend_utils")
+    for each in (Tensor, InferenceRequest, InferenceResponse, get_input_tensor_by_name):
+        setattr(module, each.__name__, each)
+    module.TritonError = module.TritonModelException = StepError  # type: ignore[attr-defined]
+    return module
+
+
 class PythonStep:
     """One version of a Python step, initialised from its folder.
 
@@ -123,11 +132,7 @@ class PythonStep:
         """The folder's modules by their plain names, and for this version alone: others have the same names."""
         names = {path.stem for path in self._folder.glob("*.py")} | {"triton_python_backend_utils"}
         before = {name: sys.modules.pop(name, None) for name in names}
-        utilities = ModuleType("triton_python_backend_utils")
-        for each in (Tensor, InferenceRequest, InferenceResponse, get_input_tensor_by_name):
-            setattr(utilities, each.__name__, each)
-        utilities.TritonError = utilities.TritonModelException = StepError  # type: ignore[attr-defined]
-        sys.modules["triton_python_backend_utils"] = utilities
+        sys.modules["triton_python_backend_utils"] = utilities()
         sys.path.insert(0, str(self._folder))
         writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
         try:

@@ -10,7 +10,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.errors import Failure
 from gateway.keys import ApiKeys
-from gateway.middleware import problem_response
 from gateway.settings import Settings
 
 _OPEN = ("/health", "/version", "/metrics", "/errors", "/docs", "/openapi.json", "/static-offline-docs")
@@ -50,11 +49,7 @@ class Access:
             await self.app(scope, receive, send)
             return
         request = Request(scope)
-        try:
-            request.state.client = self._client(request)
-        except Failure as failure:
-            await problem_response(request, failure)(scope, receive, send)
-            return
+        request.state.client = self._client(request)
         await self.app(scope, receive, send)
 
     def _client(self, request: Request) -> Client:

@@ -69,10 +69,6 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
         lifespan=lifespan,
     )
 
-    @app.exception_handler(Failure)
-    async def on_failure(request: Request, failure: Failure) -> Response:
-        return problem_response(request, failure)
-
     @app.exception_handler(HTTPException)
     async def on_http_exception(request: Request, error: HTTPException) -> Response:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")

@@ -159,17 +159,12 @@ async def _read_body(request: Request, settings: Settings, deadline: float) -> b
     with budget.Bounded(
         request, seconds, late=lambda: Failure("body_timeout", f"{size:,} bytes came within {seconds:.3g} s")
     ):
-        is_complete = False
-        while not is_complete:
-            message = await request.receive()
-            if message["type"] == "http.disconnect":
-                raise Failure("client_gone", "the connection was closed before the body was complete")
-            chunks.append(message.get("body", b""))
-            is_complete = not message.get("more_body", False)
-            size += len(chunks[-1])
+        async for chunk in request.stream():
+            size += len(chunk)
             if size > limit:
                 raise too_large
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            chunks.append(chunk)
+    return b"".join(chunks)
 
 
 def _from_json(body: bytes) -> Picture:

@@ -64,8 +64,8 @@ class RequestContext:
             await self.app(scope, receive, send)
             return
         request = Request(scope)
-        sent = request.headers.get(REQUEST_ID)
-        request_id = sent if sent and _ACCEPTED_ID.fullmatch(sent) else secrets.token_hex(16)
+        sent = request.headers.get(REQUEST_ID, "")
+        request_id = sent if _ACCEPTED_ID.fullmatch(sent) else secrets.token_hex(16)
         started = time.monotonic()
         log: dict[str, Any] = {"request_id": request_id, "method": scope["method"], "path": scope["path"][:200]}
         request.state.request_id, request.state.started, request.state.log = request_id, started, log

@@ -258,9 +258,6 @@ def test_an_unknown_release_is_refused(lab: Callable[..., None], jpeg: bytes) ->
     lab(work)
 
 
-# ---- the line ----
-
-
 @pytest.mark.parametrize(
     ("status", "detail", "is_of_the_server"),
     [
@@ -283,6 +280,9 @@ def test_what_failed_because_of_the_server_is_told_from_the_rest(
     status: grpc.StatusCode, detail: str, is_of_the_server: bool
 ) -> None:
     assert TritonError(status, detail).is_of_the_server is is_of_the_server
+
+
+# ---- the line ----
 
 
 def line(*waiting: tuple[str, int]) -> Line:

@@ -23,11 +23,7 @@ SIZE = 224
 @pytest.fixture(scope="module")
 def module() -> Iterator[ModuleType]:
     """The backend, with the exam's stand-in for what exists only inside of Triton's processes."""
-    utilities: Any = ModuleType("triton_python_backend_utils")
-    for each in (backend.Tensor, backend.InferenceResponse, backend.get_input_tensor_by_name):
-        setattr(utilities, each.__name__, each)
-    utilities.TritonError = backend.StepError
-    sys.modules["triton_python_backend_utils"] = utilities
+    sys.modules["triton_python_backend_utils"] = backend.utilities()
     yield load_module(ROOT / "triton_runtime/backends/onnxruntime/model.py")
     del sys.modules["triton_python_backend_utils"]
 

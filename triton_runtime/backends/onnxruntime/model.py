@@ -43,7 +43,7 @@ class TritonPythonModel:
         path = str(Path(args["model_repository"], args["model_version"], file))
         self.inputs = [tensor["name"] for tensor in config["input"]]
         self.outputs = [tensor["name"] for tensor in config["output"]]
-        self.items_per_run = int(parameters.get("items_per_run", 0)) or int(config["max_batch_size"]) or 1
+        self.items_per_run = int(parameters.get("items_per_run", 0))
         threads = int(parameters.get("intra_op_thread_count", 1))
         self.session = _session(path, parameters, threads)
         self.processors = Processors()
@@ -72,9 +72,8 @@ class TritonPythonModel:
         ]
 
     def _run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
-        size, step = len(feed[self.inputs[0]]), self.items_per_run
-        if size <= step:
-            return self._best_session().run(self.outputs, feed)
+        size = len(feed[self.inputs[0]])
+        step = self.items_per_run or size
         runs = [
             self._best_session().run(self.outputs, {name: items[i : i + step] for name, items in feed.items()})
             for i in range(0, size, step)
