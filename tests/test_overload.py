@@ -58,7 +58,7 @@ def test_the_time_counts_from_the_head_and_has_a_cap(
         started = time.monotonic()
         connection.sendall(head(5000, asked) + b"\xff\xd8")
         assert connection.recv(65536).startswith(b"HTTP/1.1 408")
-        assert expected <= time.monotonic() - started < 10
+        assert expected - 0.01 <= time.monotonic() - started < 10  # timers may round down
 
 
 def test_server_timing_adds_up(client: httpx.Client, jpeg: bytes) -> None:
