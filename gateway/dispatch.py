@@ -223,6 +223,7 @@ class Dispatcher:
                 return
             replica = min(free, key=lambda each: (each.is_shunned, each.calls, each.called_at))
             most = min(self._settings.group, replica.max_batch(lane.release), lane.share(having))
+            most = lane.knees[replica].size(most)
             # As long as the replica has as many calls but one as it works on, the last one can wait for its share.
             if len(lane.line) < most and lane.room(replica) == 1 and not is_overdue:
                 if lane.alarm is None:

@@ -4,11 +4,16 @@ Up to the knee, more calls at once mean more answers a second; beyond it they on
 cannot be grouped, put in a fair order or given up cheaply. The idea is that of TCP Vegas: of `limit` calls that take
 `slowdown` times as long as beside few others, `limit * (1 - 1 / slowdown)` are waiting. About one keeps the processors
 busy; more would only make the calls smaller, and each has its price. TCP compares with the least time ever seen; where
-every call takes another time, as here, that would mistake each one for a queue, so medians are compared with medians.
+every call takes another time, as here, that would mistake each one for a queue, so a median is compared with what is
+usual.
+
+What is usual depends on how many pictures a call has, and the more calls there are, the fewer pictures each gets. So it
+is learnt with calls of two sizes, which tell what a call takes and what a picture adds.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 
 _FEWEST, _MOST = 2, 256
@@ -18,7 +23,9 @@ _MARGIN = 0.05
 _SAMPLES = 20
 """Calls that a median is taken of."""
 _RENEW_AFTER = 100
-"""After so many times `limit` calls the medians are learnt anew, with few calls at once: machine or model changed."""
+"""After so many times `limit` calls it learns anew, with few calls at once: machine or model changed."""
+_LARGER = 1.5
+"""It learns anew, too, where calls are so many times as large as any that it learnt from."""
 
 
 class Knee:
@@ -29,30 +36,38 @@ class Knee:
         self._is_starting = True
         """Never yet too many: the limit grows by half."""
         self._is_learning = True
-        self._alone: dict[int, list[float]] = {}
-        """Pictures in a call -> seconds that it takes beside few others."""
+        self._learnt: list[tuple[int, float]] = []
+        """Pictures and seconds of calls beside few others."""
+        self._of_call, self._of_picture = 0.0, 0.0
+        """Seconds that a call takes beside few others: these, and for each picture these."""
         self._window: list[float] = []
         """How many times longer the latest calls took."""
-        self._slowdown = 1.0
         self._calls = 0
-        """Since it learnt; below one are those that were sent before, beside many others."""
+        """Since it learns; below one are those that were sent before, beside many others."""
 
     @property
     def limit(self) -> int:
         """Calls at once."""
         return _FEWEST if self._is_learning else int(self._limit)
 
+    def size(self, share: int) -> int:
+        """How many pictures the next call should have, where `share` would be its share of all that are there."""
+        return math.ceil(share / 2) if self._is_learning and self._calls % 2 else share
+
     def observe(self, seconds: float, pictures: int) -> None:
         """A call with so many pictures, made at the limit, took so many seconds."""
         self._calls += 1
         if self._calls <= 0:
             return
-        alone = self._alone.setdefault(pictures, [])
-        if len(alone) < _SAMPLES:
-            alone.append(seconds / self._slowdown)
-            self._is_learning = self._is_learning and self._calls < _SAMPLES
+        if self._is_learning:
+            self._learnt.append((pictures, seconds))
+            if len(self._learnt) >= _SAMPLES:
+                self._conclude()
             return
-        self._window.append(seconds / statistics.median(alone))
+        if pictures > _LARGER * max(size for size, _ in self._learnt):
+            self._learn_anew()
+            return
+        self._window.append(seconds / (self._of_call + self._of_picture * pictures))
         if len(self._window) >= max(_SAMPLES, self.limit):
             self._decide()
 
@@ -60,10 +75,25 @@ class Knee:
         """Triton refused a call because its queue is full."""
         self._limit, self._is_starting = max(_FEWEST, self._limit / 2), False
 
+    def _conclude(self) -> None:
+        """Draw the line through what was learnt, with the same weight for each call but none for outliers."""
+        self._is_learning = False
+        usual = {
+            size: statistics.median(seconds for pictures, seconds in self._learnt if pictures == size)
+            for size, _ in self._learnt
+        }
+        sizes = [size for size, _ in self._learnt]
+        self._of_picture = 0.0
+        if len(usual) > 1:
+            self._of_picture = max(0.0, statistics.linear_regression(sizes, [usual[size] for size in sizes]).slope)
+        mean = statistics.fmean(usual[size] for size in sizes)
+        self._of_picture = min(self._of_picture, mean / statistics.fmean(sizes))  # a call takes no less than nothing
+        self._of_call = mean - self._of_picture * statistics.fmean(sizes)
+
     def _decide(self) -> None:
-        self._slowdown = max(1.0, statistics.median(self._window))
+        slowdown = max(1.0, statistics.median(self._window))
         self._window.clear()
-        waiting = self._limit * (1 - 1 / self._slowdown)
+        waiting = self._limit * (1 - 1 / slowdown)
         too_few, too_many = (number + _MARGIN * self._limit for number in _WAITING)
         self._is_starting = self._is_starting and waiting < too_few
         if self._is_starting:
@@ -74,9 +104,10 @@ class Knee:
             self._limit -= max(1.0, (waiting - too_many) / 2)
         self._limit = min(_MOST, max(_FEWEST, self._limit))
         if self._calls > _RENEW_AFTER * self._limit:
-            self._renew()
+            self._learn_anew()
 
-    def _renew(self) -> None:
-        self._is_learning, self._slowdown = True, 1.0
-        self._alone.clear()
+    def _learn_anew(self) -> None:
+        self._is_learning = True
+        self._learnt.clear()
+        self._window.clear()
         self._calls = -int(self._limit)

@@ -14,10 +14,13 @@ from gateway.knee import Knee
 
 
 class Server:
-    """Works on `workers` calls at once, the others wait; a call of eight pictures takes about `seconds`."""
+    """Works on `workers` calls at once, the others wait; a call of eight pictures takes about `seconds`.
 
-    def __init__(self, workers: int, noise: float, seconds: float = 0.1) -> None:
-        self.workers, self.seconds = workers, seconds
+    Of these, `fixed` is the part that a call takes whatever is in it.
+    """
+
+    def __init__(self, workers: int, noise: float, seconds: float = 0.1, fixed: float = 0.0) -> None:
+        self.workers, self.seconds, self.fixed = workers, seconds, fixed
         self._noise = noise
         self._random = random.Random(7)
         self._waiting: deque[tuple[float, int]] = deque()
@@ -29,15 +32,20 @@ class Server:
         """Calls of eight pictures a second."""
         return self.workers / (self.seconds * math.exp(self._noise**2 / 2))
 
-    def run(self, knee: Knee, calls: int, sizes: tuple[int, ...] = (8,)) -> tuple[float, float]:
-        """Keep it at the limit for so many calls: the mean limit, and pictures / 8 a second, of the last third."""
+    def run(self, knee: Knee, calls: int, clients: int | None = None) -> tuple[float, float]:
+        """Keep it at the limit for so many calls: the mean limit, and pictures / 8 a second, of the last third.
+
+        Without `clients` each call has the eight pictures that it may have; with them, each call its share of theirs.
+        """
         limits, done, began = [], 0.0, 0.0
         for number in range(calls):
             while len(self._waiting) + len(self._working) < knee.limit:
-                self._waiting.append((self._now, self._random.choice(sizes)))
+                share = 8 if clients is None else min(8, math.ceil(clients / knee.limit))
+                self._waiting.append((self._now, knee.size(share)))
             while self._waiting and len(self._working) < self.workers:
                 sent, pictures = self._waiting.popleft()
-                takes = self.seconds * pictures / 8 * self._random.lognormvariate(0, self._noise)
+                usual = self.seconds * (self.fixed + (1 - self.fixed) * pictures / 8)
+                takes = usual * self._random.lognormvariate(0, self._noise)
                 heapq.heappush(self._working, (self._now + takes, sent, pictures))
             self._now, sent, pictures = heapq.heappop(self._working)
             knee.observe(self._now - sent, pictures)
@@ -82,18 +90,28 @@ def test_the_limit_survives_a_server_that_gets_slower_for_good() -> None:
     assert rate >= 0.8 * server.capacity
 
 
-def test_groups_of_different_sizes_are_compared_with_their_own_kind() -> None:
-    knee, server = Knee(), Server(8, noise=0.1)
-    limit, rate = server.run(knee, 6000, sizes=(1, 2, 3, 8))
+@pytest.mark.parametrize("fixed", [0.0, 0.2, 0.8])
+@pytest.mark.parametrize(("workers", "clients"), [(2, 16), (2, 64), (8, 32)])
+def test_calls_that_get_smaller_as_there_are_more_hide_no_queue(workers: int, clients: int, fixed: float) -> None:
+    limit, _ = Server(workers, noise=0.1, fixed=fixed).run(Knee(), 6000, clients)
+    assert workers <= limit <= workers * 1.3 + 3
+
+
+def test_the_limit_settles_again_where_more_clients_make_the_calls_larger() -> None:
+    knee, server = Knee(), Server(8, noise=0.1, fixed=0.2)
+    server.run(knee, 3000, clients=10)
+    limit, rate = server.run(knee, 3000)
     assert limit <= 8 * 1.3 + 3
     assert rate >= 0.8 * server.capacity
 
 
 def test_a_full_queue_halves_the_limit() -> None:
     knee = Knee()
-    before, _ = Server(32, noise=0.0).run(knee, 3000)
+    Server(32, noise=0.0).run(knee, 3000)
+    before = knee.limit
     knee.full()
-    assert knee.limit <= before / 2 + 1
+    assert before > 20
+    assert knee.limit == before // 2
     for _ in range(10):
         knee.full()
     assert knee.limit == 2
