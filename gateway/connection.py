@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import resource
 import socket
-from typing import Any
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -21,6 +21,7 @@ from gateway.errors import Failure
 from gateway.metrics import Metrics
 from gateway.middleware import REFUSAL
 from gateway.settings import Settings
+from gateway.writes import Joined
 
 MAX_HEAD = 16 * 1024
 """Bytes of a request line with its headers; likewise of what is neither head nor body (trailers, chunk extensions)."""
@@ -70,7 +71,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock: a connection that never sends anything is not kept either."""
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, Joined(transport, self.loop)))
         self.metrics.connections.inc()
         if len(self.connections) > 2 * self.settings.max_connections:
             transport.abort()  # refusing politely has its price, too
