@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from contract.names import STEPS, parse_release_name, release_name
@@ -79,7 +80,7 @@ class Manifest:
     golden: tuple[Golden, ...] = ()
     tolerance: float = 0.0
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The release's name, which is the ensemble's."""
         return release_name(self.pipeline, self.number)

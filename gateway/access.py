@@ -48,13 +48,11 @@ class Access:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request = Request(scope)
-        request.state.client = self._client(request)
+        needs_key = self.keys.are_needed and not is_open(scope["path"])
+        scope["state"]["client"] = self._client(Request(scope)) if needs_key else ANONYMOUS
         await self.app(scope, receive, send)
 
     def _client(self, request: Request) -> Client:
-        if not self.keys.are_needed or is_open(request.scope["path"]):
-            return ANONYMOUS
         presented = set(request.headers.getlist("X-API-Key"))
         for value in request.headers.getlist("Authorization"):
             scheme, _, token = value.partition(" ")

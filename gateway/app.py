@@ -90,16 +90,17 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
         operation_id="predict",
     )
     async def predict_route(request: Request) -> Response:
-        request_id, client, log = request.state.request_id, request.state.client, request.state.log
+        state = request.scope["state"]
+        request_id, client, log = state["request_id"], state["client"], state["log"]
         asker = Asker(request_id, client.name, budget.deadline(request, settings))
-        with service.predicting():
+        with service.predicting:
             service.rates.spend(client.name, client.rate)
             if not request.scope["query_string"]:  # which may name another release
                 service.require_room(asker)  # before the work of reading
             picture = await read_picture(request, settings, asker.deadline)
             with budget.Bounded(request):
                 judged = await service.judge(picture, asker, request.headers)
-        timing = views.timing(judged, request.state.started)
+        timing = views.timing(judged, state["started"])
         body = views.prediction(request_id, judged, timing)
         metrics.predicted(body.model_version, body.route)
         log["release"], log["route"], log["label"] = body.model_version, body.route, body.label
@@ -128,7 +129,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
     async def batch_route(request: Request) -> Response:
         request_id, client = request.state.request_id, request.state.client
         deadline = budget.deadline(request, settings)
-        with service.predicting():
+        with service.predicting:
             items = await read_batch(request, settings, deadline)
             service.rates.spend(client.name, client.rate, len(items))
 
@@ -231,12 +232,17 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
         response.headers["Vary"] = "Accept"
         return pages.error(code) if pages.wants_html(request) else views.error(code)
 
-    predictions = (predict_route, batch_route)
-    app.add_middleware(
-        Direct, routes=[route for route in app.routes if isinstance(route, APIRoute) and route.endpoint in predictions]
-    )
     app.add_middleware(Access, keys=keys)
     app.add_middleware(RequestContext, metrics=metrics)  # the outermost: added last
+    app.middleware_stack = Direct(
+        app.build_middleware_stack(),
+        routes=[
+            route
+            for route in app.routes
+            if isinstance(route, APIRoute) and route.endpoint in (predict_route, batch_route)
+        ],
+        around=lambda endpoints: RequestContext(Access(endpoints, keys), metrics),
+    )
     _complete_openapi(app, settings)
     return app
 

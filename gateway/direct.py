@@ -2,12 +2,12 @@
 
 The routes stay FastAPI's, with their place in the OpenAPI document. Only the way there is shorter, for endpoints that
 need none of what the layers do: that take the request, return the response, and raise nothing but a `Failure`, which
-the middleware around this one answers.
+the middleware around them answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from fastapi.routing import APIRoute
 from starlette.requests import Request
@@ -15,11 +15,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class Direct:
-    """Sends requests for `routes`, by their exact path, to their endpoints, and everything else on."""
+    """Sends requests for `routes`, by their exact path, to their endpoints, and everything else to the application.
 
-    def __init__(self, app: ASGIApp, routes: Collection[APIRoute]) -> None:
+    `around` puts the middleware around the endpoints that the application has around its own.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Collection[APIRoute], around: Callable[[ASGIApp], ASGIApp]) -> None:
         self.app = app
         self._routes = {(method, route.path): route for route in routes for method in route.methods or ()}
+        self._endpoints = around(self._call)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -28,5 +32,8 @@ class Direct:
             await self.app(scope, receive, send)
             return
         scope["route"] = route
-        response = await route.endpoint(Request(scope, receive, send))
+        await self._endpoints(scope, receive, send)
+
+    async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await scope["route"].endpoint(Request(scope, receive, send))
         await response(scope, receive, send)

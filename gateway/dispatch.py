@@ -66,6 +66,9 @@ class Lane:
         self.release = release
         self.line = Line()
         self.calls: set[Call] = set()
+        self._calls_of: dict[Replica, int] = {}
+        self._in_calls = 0
+        """Pictures."""
         self.knees: defaultdict[Replica, Knee] = defaultdict(Knee)
         self.call_s = 0.0
         """How long a call takes."""
@@ -76,22 +79,38 @@ class Lane:
         self.alarm: asyncio.TimerHandle | None = None
         """When a call that waits for more pictures goes, however many there are."""
 
+    def begin(self, call: Call) -> None:
+        """A call is on its way."""
+        self.calls.add(call)
+        self._calls_of[call.replica] = self._calls_of.get(call.replica, 0) + 1
+        self._in_calls += len(call.group)
+
+    def end(self, call: Call) -> None:
+        """It is not any more."""
+        self.calls.remove(call)
+        self._calls_of[call.replica] -= 1
+        if not self._calls_of[call.replica]:
+            del self._calls_of[call.replica]
+        self._in_calls -= len(call.group)
+
     def room(self, replica: Replica) -> int:
         """How many more calls a replica may get."""
-        return self.knees[replica].limit - sum(call.replica is replica for call in self.calls)
+        return self.knees[replica].limit - self._calls_of.get(replica, 0)
+
+    def slots(self, replicas: list[Replica]) -> int:
+        """How many calls the replicas may get together, at least one."""
+        return max(1, sum([self.knees[replica].limit for replica in replicas]))
 
     def expected(self, client: str, replicas: list[Replica]) -> float:
         """Seconds until an answer for one more request of a client."""
         own = self.line.of(client)
         clients = self.line.clients + (not own)
         ahead = min(len(self.line) + 1, (own + 1) * clients)
-        slots = sum(self.knees[replica].limit for replica in replicas) or 1
-        return ahead * self._picture_s / slots + self.call_s
+        return ahead * self._picture_s / self.slots(replicas) + self.call_s
 
     def share(self, replicas: list[Replica]) -> int:
         """How many pictures each call has where all that are there are spread evenly over the calls that may be."""
-        there = len(self.line) + sum(len(call.group) for call in self.calls)
-        return math.ceil(there / max(1, sum(self.knees[replica].limit for replica in replicas)))
+        return math.ceil((len(self.line) + self._in_calls) / self.slots(replicas))
 
     def is_too_late(self, waiting: Waiting) -> bool:
         """Whether a call made now is expected to end after the deadline. Never where that could not be found out."""
@@ -157,14 +176,17 @@ class Dispatcher:
         if lane is None or not lane.line:
             return
         expected = lane.expected(client, self._fleet.available())
-        if self._is_full() and lane.line.last_of_longer(client) is None:
+        if self._is_full(1) and lane.line.last_of_longer(client) is None:
             raise Failure("overloaded", f"{self.waiting} requests wait already", retry_after=expected)
         if expected * _CAUTION > left:
             raise _too_late(expected, left)
 
-    def _is_full(self, more: int = 1) -> bool:
-        size = sum(lane.line.bytes for lane in self._lanes.values())
-        return self.waiting + more > self._settings.max_waiting or size > self._settings.max_waiting_bytes
+    def _is_full(self, more: int = 0) -> bool:
+        size = 0
+        for lane in self._lanes.values():
+            more += len(lane.line)
+            size += lane.line.bytes
+        return more > self._settings.max_waiting or size > self._settings.max_waiting_bytes
 
     async def infer(self, release: str, picture: bytes, request_id: str, client: str, deadline: float) -> Ran:
         """Run one picture through a release, together with others where they wait together.
@@ -183,21 +205,23 @@ class Dispatcher:
         waiting = Waiting(picture, request_id, client, deadline)
         lane.line.add(waiting)
         self._pump(lane)
-        while self._is_full(0) and (other := lane.line.last_of_longer(client)):
+        while self._is_full() and (other := lane.line.last_of_longer(client)):
             lane.line.remove(other)
             _fail(other, Failure("overloaded", "another client's turn came first", retry_after=lane.call_s))
-        alarm = asyncio.get_running_loop().call_later(deadline - time.monotonic(), _fail, waiting, _over())
+        alarm = asyncio.get_running_loop().call_later(deadline - time.monotonic(), _expire, waiting)
         try:
             ran = await waiting.answer
-            if time.monotonic() > deadline:  # it came while the process was busy, and before its alarm
-                raise _over()
-            return ran
-        finally:
-            alarm.cancel()
+        except BaseException:
             if waiting.call is None:
                 lane.line.remove(waiting)
             elif waiting.call.task and all(each.answer.done() for each in waiting.call.group):
                 waiting.call.task.cancel()
+            raise
+        finally:
+            alarm.cancel()
+        if time.monotonic() > deadline:  # it came while the process was busy, and before its alarm
+            raise _over()
+        return ran
 
     async def close(self) -> None:
         """Give up all calls."""
@@ -210,14 +234,16 @@ class Dispatcher:
         """Send what can be sent; `is_overdue`: its first call has waited for more pictures long enough."""
         if is_overdue:
             lane.alarm = None
+        if not lane.line:
+            return
+        try:
+            having = self._fleet.having(lane.release)
+        except TritonError as error:
+            for waiting in lane.line.everyone():
+                lane.line.remove(waiting)
+                _fail(waiting, error)
+            return
         while lane.line:
-            try:
-                having = self._fleet.having(lane.release)
-            except TritonError as error:
-                for waiting in lane.line.everyone():
-                    lane.line.remove(waiting)
-                    _fail(waiting, error)
-                return
             free = [replica for replica in having if lane.room(replica) > 0]
             if not free:
                 return
@@ -239,7 +265,7 @@ class Dispatcher:
             call = Call(replica, group, had_to_wait=len(group) > 1 or bool(lane.line))
             for waiting in group:
                 waiting.call = call
-            lane.calls.add(call)
+            lane.begin(call)
             replica.calls, replica.called_at = replica.calls + 1, call.sent
             self._metrics.called(len(group))
             call.task = asyncio.create_task(self._run(lane, call))
@@ -288,7 +314,7 @@ class Dispatcher:
             self._free(lane, call)
 
     def _free(self, lane: Lane, call: Call) -> None:
-        lane.calls.discard(call)
+        lane.end(call)
         call.replica.calls -= 1
         self._pump(lane)
 
@@ -343,6 +369,10 @@ def _over() -> Failure:
 def _too_late(expected: float, left: float) -> Failure:
     detail = f"an answer would take {expected:.2g} s, {max(0.0, left):.2g} s are left"
     return Failure("overloaded", detail, retry_after=max(0.0, expected - left))
+
+
+def _expire(waiting: Waiting) -> None:
+    _fail(waiting, _over())
 
 
 def _fail(waiting: Waiting, error: BaseException) -> None:

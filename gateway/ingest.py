@@ -149,10 +149,9 @@ def _one_pin(in_query: list[str], in_body: str | None) -> str | None:
 
 async def _read_body(request: Request, settings: Settings, deadline: float) -> bytes:
     limit = settings.max_body_bytes
-    too_large = Failure("body_too_large", f"the limit is {limit:,} bytes")
     declared = request.headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and int(declared) > limit:
-        raise too_large
+        raise _too_large(limit)
     chunks: list[bytes] = []
     size = 0
     seconds = min(settings.body_timeout_s, deadline - time.monotonic())
@@ -162,9 +161,13 @@ async def _read_body(request: Request, settings: Settings, deadline: float) -> b
         async for chunk in request.stream():
             size += len(chunk)
             if size > limit:
-                raise too_large
+                raise _too_large(limit)
             chunks.append(chunk)
     return b"".join(chunks)
+
+
+def _too_large(limit: int) -> Failure:
+    return Failure("body_too_large", f"the limit is {limit:,} bytes")
 
 
 def _from_json(body: bytes) -> Picture:

@@ -63,12 +63,12 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request = Request(scope)
+        request, state = Request(scope), scope.setdefault("state", {})
         sent = request.headers.get(REQUEST_ID, "")
         request_id = sent if _ACCEPTED_ID.fullmatch(sent) else secrets.token_hex(16)
         started = time.monotonic()
         log: dict[str, Any] = {"request_id": request_id, "method": scope["method"], "path": scope["path"][:200]}
-        request.state.request_id, request.state.started, request.state.log = request_id, started, log
+        state["request_id"], state["started"], state["log"] = request_id, started, log
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -82,7 +82,7 @@ class RequestContext:
             await send(message)
 
         def refuse_if_broken() -> None:
-            if refusal := scope["state"].get(REFUSAL):
+            if refusal := state.get(REFUSAL):
                 raise refusal
 
         async def receive_unless_broken() -> Message:

@@ -39,6 +39,21 @@ class Judged:
     fetch_s: float
 
 
+class InFlight:
+    """Counts what is inside its `with` blocks."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> None:
+        """One more."""
+        self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        """One less."""
+        self.count -= 1
+
+
 class Service:
     """Made inside a running event loop, as gRPC wants it."""
 
@@ -54,7 +69,7 @@ class Service:
         self.fetcher = Fetcher(settings)
         self.mirrors = Mirrors(self.dispatcher, self.router, self.comparisons, metrics, settings)
         self.rates = Rates()
-        self.in_flight = 0
+        self.predicting = InFlight()
         """Predictions that were begun and not yet answered."""
         metrics.observe(self._gauges)
 
@@ -95,21 +110,12 @@ class Service:
 
     async def compare(self, judged: Judged, request_id: str) -> None:
         """Run an answered request once more where it is to be compared; returns at once."""
-        await self.mirrors.offer(judged.answer, judged.picture, request_id, self.in_flight)
-
-    @contextlib.contextmanager
-    def predicting(self) -> Iterator[None]:
-        """Count one prediction as in flight."""
-        self.in_flight += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
+        await self.mirrors.offer(judged.answer, judged.picture, request_id, self.predicting.count)
 
     def _gauges(self) -> Iterator[Metric]:
         active = {known.name: float(not known.reason) for known in self.releases.known}
         shares = {name: self.router.share(name) for name in active}
-        yield gauge("gateway_in_flight", "Predictions being worked on.", self.in_flight)
+        yield gauge("gateway_in_flight", "Predictions being worked on.", self.predicting.count)
         yield gauge("gateway_waiting", "Pictures that wait for a call of Triton.", self.dispatcher.waiting)
         up = {replica.url: float(replica.is_available) for replica in self.fleet.replicas}
         yield gauge_by("replica", "gateway_replica_up", "1 where the Triton gets calls.", up)
