@@ -69,6 +69,8 @@ class Lane:
         self._calls_of: dict[Replica, int] = {}
         self._in_calls = 0
         """Pictures."""
+        self._crowd = 0.0
+        """How many pictures are there once clients that were answered have asked again: the most of late."""
         self.knees: defaultdict[Replica, Knee] = defaultdict(Knee)
         self.call_s = 0.0
         """How long a call takes."""
@@ -84,6 +86,8 @@ class Lane:
         self.calls.add(call)
         self._calls_of[call.replica] = self._calls_of.get(call.replica, 0) + 1
         self._in_calls += len(call.group)
+        there = len(self.line) + self._in_calls
+        self._crowd = max(there, self._crowd - max(0.25, (self._crowd - there) / 4))
 
     def end(self, call: Call) -> None:
         """It is not any more."""
@@ -92,6 +96,8 @@ class Lane:
         if not self._calls_of[call.replica]:
             del self._calls_of[call.replica]
         self._in_calls -= len(call.group)
+        if not self.calls and not self.line:
+            self._crowd = 0.0
 
     def room(self, replica: Replica) -> int:
         """How many more calls a replica may get."""
@@ -108,9 +114,18 @@ class Lane:
         ahead = min(len(self.line) + 1, (own + 1) * clients)
         return ahead * self._picture_s / self.slots(replicas) + self.call_s
 
+    def join(self, waiting: Waiting) -> None:
+        """One more waits."""
+        self.line.add(waiting)
+        self._crowd = max(self._crowd, len(self.line) + self._in_calls)
+
     def share(self, replicas: list[Replica]) -> int:
         """How many pictures each call has where all that are there are spread evenly over the calls that may be."""
-        return math.ceil((len(self.line) + self._in_calls) / self.slots(replicas))
+        return math.ceil(self._crowd / self.slots(replicas))
+
+    def coming(self) -> int:
+        """How many pictures wait, or are about to."""
+        return math.ceil(self._crowd) - self._in_calls
 
     def is_too_late(self, waiting: Waiting) -> bool:
         """Whether a call made now is expected to end after the deadline. Never where that could not be found out."""
@@ -203,7 +218,7 @@ class Dispatcher:
         self.require_room(release, client, deadline)
         lane = self._lanes.setdefault(release, Lane(release))
         waiting = Waiting(picture, request_id, client, deadline)
-        lane.line.add(waiting)
+        lane.join(waiting)
         self._pump(lane)
         while self._is_full() and (other := lane.line.last_of_longer(client)):
             lane.line.remove(other)
@@ -251,7 +266,7 @@ class Dispatcher:
             most = min(self._settings.group, replica.max_batch(lane.release), lane.share(having))
             most = lane.knees[replica].size(most)
             # As long as the replica has as many calls but one as it works on, the last one can wait for its share.
-            if len(lane.line) < most and lane.room(replica) == 1 and not is_overdue:
+            if len(lane.line) < min(most, lane.coming()) and lane.room(replica) == 1 and not is_overdue:
                 if lane.alarm is None:
                     wait = _PATIENCE * lane.call_s
                     lane.alarm = asyncio.get_running_loop().call_later(wait, self._pump, lane, True)

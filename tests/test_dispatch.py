@@ -14,9 +14,9 @@ import grpc
 import httpx
 import pytest
 
-from gateway.dispatch import Dispatcher
+from gateway.dispatch import Call, Dispatcher, Lane
 from gateway.errors import Failure
-from gateway.fleet import Fleet
+from gateway.fleet import Fleet, Replica
 from gateway.line import Line, Ran, Waiting
 from gateway.metrics import Metrics
 from gateway.settings import Settings
@@ -280,6 +280,63 @@ def test_what_failed_because_of_the_server_is_told_from_the_rest(
     status: grpc.StatusCode, detail: str, is_of_the_server: bool
 ) -> None:
     assert TritonError(status, detail).is_of_the_server is is_of_the_server
+
+
+# ---- the crowd ----
+
+
+class Crowd:
+    """A lane that may have two calls at once, and those who ask it, one after the other."""
+
+    def __init__(self) -> None:
+        self.lane = Lane(RELEASE)
+        self.replicas: list[Replica] = [object()]  # type: ignore[list-item]
+
+    def come(self, many: int) -> None:
+        for waiting in line(*[("a", 1)] * many).everyone():
+            self.lane.join(waiting)
+
+    def send(self) -> Call:
+        """As many as a call should have."""
+        call = Call(self.replicas[0], self.lane.line.take(self.lane.share(self.replicas), 99), had_to_wait=True)
+        self.lane.begin(call)
+        return call
+
+
+def test_who_was_answered_is_expected_back() -> None:
+    crowd = Crowd()
+    crowd.come(15)
+    first, second = crowd.send(), crowd.send()
+    assert (len(first.group), len(second.group), crowd.lane.coming()) == (8, 7, 0)
+    crowd.lane.end(first)
+    crowd.come(7)
+    assert (len(crowd.lane.line), crowd.lane.coming()) == (7, 8)  # one is missing still
+    crowd.come(1)
+    third = crowd.send()
+    crowd.lane.end(second)
+    crowd.come(7)
+    assert (len(third.group), crowd.lane.coming(), len(crowd.lane.line)) == (8, 7, 7)  # nobody is
+
+
+def test_who_does_not_come_back_is_soon_forgotten() -> None:
+    crowd = Crowd()
+    crowd.come(64)
+    first, second = crowd.send(), crowd.send()
+    for _ in range(20):
+        crowd.lane.end(first)
+        crowd.come(4)
+        first, second = second, crowd.send()
+    assert len(second.group) == 4
+    assert crowd.lane.coming() == 0
+
+
+def test_after_a_pause_nobody_is_expected() -> None:
+    crowd = Crowd()
+    crowd.come(64)
+    for call in (crowd.send(), crowd.send()):
+        crowd.lane.end(call)
+    crowd.come(1)
+    assert (crowd.lane.coming(), crowd.lane.share(crowd.replicas)) == (1, 1)
 
 
 # ---- the line ----
