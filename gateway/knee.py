@@ -22,8 +22,12 @@ _MARGIN = 0.05
 """Of the limit: no median of a few calls is more exact."""
 _SAMPLES = 20
 """Calls that a median is taken of."""
-_RENEW_AFTER = 100
-"""After so many times `limit` calls it learns anew, with few calls at once: machine or model changed."""
+_RENEW_AFTER = (100, 1600)
+"""After so many times `limit` calls it learns anew, with few calls at once: the machine may have changed. The first,
+and twice as many each time that it finds what it knew, up to the second. With the fewest calls it is always the first:
+there it costs nothing, and there a machine that is slower now would keep it."""
+_SAME = 0.1
+"""So little apart are two findings that are the same."""
 _LARGER = 1.5
 """It learns anew, too, where calls are so many times as large as any that it learnt from."""
 
@@ -40,6 +44,7 @@ class Knee:
         """Pictures and seconds of calls beside few others."""
         self._of_call, self._of_picture = 0.0, 0.0
         """Seconds that a call takes beside few others: these, and for each picture these."""
+        self._renew_after = _RENEW_AFTER[0]
         self._window: list[float] = []
         """How many times longer the latest calls took."""
         self._calls = 0
@@ -83,12 +88,18 @@ class Knee:
             for size, _ in self._learnt
         }
         sizes = [size for size, _ in self._learnt]
-        self._of_picture = 0.0
+        size, mean = statistics.fmean(sizes), statistics.fmean(usual[size] for size in sizes)
+        of_picture = 0.0
         if len(usual) > 1:
-            self._of_picture = max(0.0, statistics.linear_regression(sizes, [usual[size] for size in sizes]).slope)
-        mean = statistics.fmean(usual[size] for size in sizes)
-        self._of_picture = min(self._of_picture, mean / statistics.fmean(sizes))  # a call takes no less than nothing
-        self._of_call = mean - self._of_picture * statistics.fmean(sizes)
+            of_picture = max(0.0, statistics.linear_regression(sizes, [usual[size] for size in sizes]).slope)
+        of_picture = min(of_picture, mean / size)  # a call takes no less than nothing
+        of_call = mean - of_picture * size
+        if abs(self._of_call + self._of_picture * size - mean) <= _SAME * mean:
+            of_call, of_picture = (of_call + self._of_call) / 2, (of_picture + self._of_picture) / 2
+            self._renew_after = min(2 * self._renew_after, _RENEW_AFTER[1])
+        else:
+            self._renew_after = _RENEW_AFTER[0]
+        self._of_call, self._of_picture = of_call, of_picture
 
     def _decide(self) -> None:
         slowdown = max(1.0, statistics.median(self._window))
@@ -103,7 +114,8 @@ class Knee:
         elif waiting > too_many:
             self._limit -= max(1.0, (waiting - too_many) / 2)
         self._limit = min(_MOST, max(_FEWEST, self._limit))
-        if self._calls > _RENEW_AFTER * self._limit:
+        renew_after = _RENEW_AFTER[0] if self.limit == _FEWEST else self._renew_after
+        if self._calls > renew_after * self._limit:
             self._learn_anew()
 
     def _learn_anew(self) -> None:

@@ -115,3 +115,24 @@ def test_a_full_queue_halves_the_limit() -> None:
     for _ in range(10):
         knee.full()
     assert knee.limit == 2
+
+
+def test_the_more_often_it_finds_what_it_knew_the_less_often_it_learns() -> None:
+    """Learning has its price: with few calls at once, and of two sizes, some pictures wait longer."""
+    knee, server = Knee(), Server(3, noise=0.1)
+
+    def learning(calls: int) -> int:
+        """How often, of so many calls, it looked at one while it learnt."""
+        limits = []
+        for _ in range(calls // 5):
+            server.run(knee, 5)
+            limits.append(knee.limit)
+        return limits.count(2)
+
+    first, second = learning(5000), learning(5000)
+    assert 0 < 2 * second < first
+    server.seconds *= 2
+    server.run(knee, 3000)
+    limit, rate = server.run(knee, 3000)
+    assert 3 <= limit < 5
+    assert rate >= 0.9 * server.capacity
