@@ -66,7 +66,7 @@ class ClassifierStep(Table):
 class Serving(Table):
     """Serving settings of a pipeline's steps: `export/serving.toml`."""
 
-    max_batch_size: int = Field(default=8, ge=1, le=256)
+    max_batch_size: int = Field(default=16, ge=1, le=256)
     queue_delay_us: int = Field(default=0, ge=0, le=1_000_000)
     max_queue_size: int = Field(default=0, ge=0, le=100_000)
     preprocess: PythonStep = PythonStep()

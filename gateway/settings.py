@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     """Name servers to ask for those hosts, as 10.0.0.2:53. None: those of /etc/resolv.conf."""
     routing: Path = Path("routing/routing.toml")
     """File that says which release answers; followed. None there: the newest."""
-    group: int = Field(default=8, ge=1, le=256)
+    group: int = Field(default=16, ge=1, le=256)
     """Most pictures of waiting requests in one call of Triton; 1: never together."""
     group_bytes: int = Field(default=2 * 2**20, ge=1)
     """Largest sum of their files; a larger picture goes alone."""

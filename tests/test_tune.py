@@ -161,9 +161,9 @@ def test_a_run_measures_once_and_a_second_one_nothing(
     ("arguments", "message"),
     [
         (["--vary", "colour=1"], "there is max_batch_size"),
-        (["--vary", "max_batch_size=4"], "cannot go below 8"),
+        (["--vary", "max_batch_size=4"], "cannot go below 16"),
         (["--vary", "classifier.threads=0"], "threads"),
-        (["--group", "9"], "takes 8 pictures a call"),
+        (["--group", "17"], "takes 16 pictures a call"),
         (["--release", "defect-v99"], "there is no release defect-v99"),
     ],
 )
