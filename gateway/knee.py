@@ -17,7 +17,7 @@ import math
 import statistics
 
 _FEWEST, _MOST = 2, 256
-_WAITING = (0.5, 1.25)
+_WAITING = (0.3, 1.0)
 _MARGIN = 0.05
 """Of the limit: no median of a few calls is more exact."""
 _SAMPLES = 20
