@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from perf.bench.services import Service
 from triton_runtime.stack import ROOT
 
 NOTHING = float("nan")
+_WARM_UP = 1
+"""Seconds, as of every measurement: processes that were stopped have to get their pages and caches back."""
+_REST = 0.5
+"""Seconds after it: at its end wrk leaves requests behind that are still being answered."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +69,17 @@ class Bodies:
 
 
 def wrk(service: Service, contender: str, load: Load, number: int, bodies: Bodies, seconds: int) -> Run:
-    """Load a service in round `number`.
+    """Load a service in round `number`, after some of the same that is not counted.
 
     Raises:
         PerfError: wrk did not finish.
     """
-    environment = {**os.environ, "BENCH_BODIES": ":".join(map(str, bodies.files)), "BENCH_TYPE": bodies.media_type}
-    command = ["wrk", "-t1", f"-c{load.connections}", f"-d{seconds}s", "--timeout", "30s"]
-    command += ["-s", str(ROOT / "perf/bench/wrk.lua"), service.url]
     with service.awake():
+        _run(service, contender, load, bodies, _WARM_UP)
+        time.sleep(_REST)
         before = service.cpu_seconds()
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        figures = _run(service, contender, load, bodies, seconds)
         after = service.cpu_seconds()
-    if run.returncode:
-        raise PerfError(f"wrk failed on {contender}: {(run.stdout + run.stderr).strip().splitlines()[-1:]}")
-    figures = json.loads(run.stdout.strip().splitlines()[-1])
     requests = max(1, figures["requests"])
     return Run(
         contender,
@@ -87,7 +88,18 @@ def wrk(service: Service, contender: str, load: Load, number: int, bodies: Bodie
         throughput=(figures["requests"] - figures["failed"]) / figures["seconds"],
         p50=figures["p50"],
         p99=figures["p99"],
-        failed=figures["failed"],
+        failed=int(figures["failed"]),
         cpu_ms={part: 1e3 * (after[part] - before[part]) / requests for part in after},
         memory_mib=service.memory_mib(),
     )
+
+
+def _run(service: Service, contender: str, load: Load, bodies: Bodies, seconds: int) -> dict[str, float]:
+    environment = {**os.environ, "BENCH_BODIES": ":".join(map(str, bodies.files)), "BENCH_TYPE": bodies.media_type}
+    command = ["wrk", "-t1", f"-c{load.connections}", f"-d{seconds}s", "--timeout", "30s"]
+    command += ["-s", str(ROOT / "perf/bench/wrk.lua"), service.url]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise PerfError(f"wrk failed on {contender}: {(run.stdout + run.stderr).strip().splitlines()[-1:]}")
+    figures: dict[str, float] = json.loads(run.stdout.strip().splitlines()[-1])
+    return figures
