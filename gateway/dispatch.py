@@ -37,7 +37,7 @@ _RECENT = 0.2
 _PATIENCE = 0.1
 """For so much of what a call takes, a call waits for more pictures while Triton has others to work on: clients that
 were answered together ask again one by one, and would each get a call of their own."""
-_CAUTION = 1.25
+_CAUTION = 1.5
 """So many times longer than expected an answer may take: who is let in on the edge is answered late as often as not."""
 
 
