@@ -301,7 +301,7 @@ BROKEN: dict[str, Drop] = {
     "not a number": Drop("classifier", classifier(_fill("user/weight", np.nan)), "answers: .*not finite"),
     "infinite": Drop("classifier", classifier(_fill("user/bias", np.inf)), "answers: .*not finite"),
     "random": Drop("classifier", classifier(_random), "deterministic: a second time"),
-    "depends on the batch": Drop("classifier", classifier(_depend_on_the_batch), "batching: in a batch of 8"),
+    "depends on the batch": Drop("classifier", classifier(_depend_on_the_batch), "batching: in a batch of 16"),
     "no softmax": Drop("classifier", classifier(_triple), r"answers: .*sum to 3\.0000"),
     "slow": Drop("classifier", _slow, r"^cost: .*of the current release's \(at most 2\)"),
     # The Python steps.
