@@ -241,7 +241,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
             for route in app.routes
             if isinstance(route, APIRoute) and route.endpoint in (predict_route, batch_route)
         ],
-        around=lambda endpoints: RequestContext(Access(endpoints, keys), metrics),
+        middleware=app.user_middleware,
     )
     _complete_openapi(app, settings)
     return app

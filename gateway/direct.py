@@ -7,9 +7,10 @@ the middleware around them answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 
 from fastapi.routing import APIRoute
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -17,13 +18,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 class Direct:
     """Sends requests for `routes`, by their exact path, to their endpoints, and everything else to the application.
 
-    `around` puts the middleware around the endpoints that the application has around its own.
+    `middleware` is the application's own, the outermost first: the endpoints get it here, too.
     """
 
-    def __init__(self, app: ASGIApp, routes: Collection[APIRoute], around: Callable[[ASGIApp], ASGIApp]) -> None:
+    def __init__(self, app: ASGIApp, routes: Collection[APIRoute], middleware: Sequence[Middleware]) -> None:
         self.app = app
         self._routes = {(method, route.path): route for route in routes for method in route.methods or ()}
-        self._endpoints = around(self._call)
+        self._endpoints: ASGIApp = self._call
+        for layer, args, kwargs in reversed(middleware):
+            self._endpoints = layer(self._endpoints, *args, **kwargs)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
