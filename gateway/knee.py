@@ -72,13 +72,17 @@ class Knee:
         if pictures > _LARGER * max(size for size, _ in self._learnt):
             self._learn_anew()
             return
-        self._window.append(seconds / (self._of_call + self._of_picture * pictures))
+        self._window.append(seconds / self._usual(pictures))
         if len(self._window) >= max(_SAMPLES, self.limit):
             self._decide()
 
     def full(self) -> None:
         """Triton refused a call because its queue is full."""
         self._limit, self._is_starting = max(_FEWEST, self._limit / 2), False
+
+    def _usual(self, pictures: float) -> float:
+        """Seconds that a call of so many takes beside few others, as far as is known."""
+        return self._of_call + self._of_picture * pictures
 
     def _conclude(self) -> None:
         """Draw the line through what was learnt, with the same weight for each call but none for outliers."""
@@ -88,13 +92,13 @@ class Knee:
             for size, _ in self._learnt
         }
         sizes = [size for size, _ in self._learnt]
-        size, mean = statistics.fmean(sizes), statistics.fmean(usual[size] for size in sizes)
+        middle, mean = statistics.fmean(sizes), statistics.fmean(usual[size] for size in sizes)
         of_picture = 0.0
         if len(usual) > 1:
             of_picture = max(0.0, statistics.linear_regression(sizes, [usual[size] for size in sizes]).slope)
-        of_picture = min(of_picture, mean / size)  # a call takes no less than nothing
-        of_call = mean - of_picture * size
-        if abs(self._of_call + self._of_picture * size - mean) <= _SAME * mean:
+        of_picture = min(of_picture, mean / middle)  # a call takes no less than nothing
+        of_call = mean - of_picture * middle
+        if abs(self._usual(middle) - mean) <= _SAME * mean:
             of_call, of_picture = (of_call + self._of_call) / 2, (of_picture + self._of_picture) / 2
             self._renew_after = min(2 * self._renew_after, _RENEW_AFTER[1])
         else:
