@@ -14,7 +14,7 @@ import asyncio
 import logging
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -66,7 +66,7 @@ class Lane:
         self.release = release
         self.line = Line()
         self.calls: set[Call] = set()
-        self._calls_of: dict[Replica, int] = {}
+        self._calls_of: Counter[Replica] = Counter()
         self._in_calls = 0
         """Pictures."""
         self._crowd = 0.0
@@ -84,7 +84,7 @@ class Lane:
     def begin(self, call: Call) -> None:
         """A call is on its way."""
         self.calls.add(call)
-        self._calls_of[call.replica] = self._calls_of.get(call.replica, 0) + 1
+        self._calls_of[call.replica] += 1
         self._in_calls += len(call.group)
         there = len(self.line) + self._in_calls
         self._crowd = max(there, self._crowd - max(0.25, (self._crowd - there) / 4))
@@ -93,15 +93,13 @@ class Lane:
         """It is not any more."""
         self.calls.remove(call)
         self._calls_of[call.replica] -= 1
-        if not self._calls_of[call.replica]:
-            del self._calls_of[call.replica]
         self._in_calls -= len(call.group)
         if not self.calls and not self.line:
             self._crowd = 0.0
 
     def room(self, replica: Replica) -> int:
         """How many more calls a replica may get."""
-        return self.knees[replica].limit - self._calls_of.get(replica, 0)
+        return self.knees[replica].limit - self._calls_of[replica]
 
     def slots(self, replicas: list[Replica]) -> int:
         """How many calls the replicas may get together, at least one."""
@@ -197,11 +195,8 @@ class Dispatcher:
             raise _too_late(expected, left)
 
     def _is_full(self, more: int = 0) -> bool:
-        size = 0
-        for lane in self._lanes.values():
-            more += len(lane.line)
-            size += lane.line.bytes
-        return more > self._settings.max_waiting or size > self._settings.max_waiting_bytes
+        size = sum(lane.line.bytes for lane in self._lanes.values())
+        return self.waiting + more > self._settings.max_waiting or size > self._settings.max_waiting_bytes
 
     async def infer(self, release: str, picture: bytes, request_id: str, client: str, deadline: float) -> Ran:
         """Run one picture through a release, together with others where they wait together.

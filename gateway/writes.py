@@ -20,8 +20,8 @@ class Joined:
     def write(self, data: bytes) -> None:
         """Send `data` with what was held, or hold it."""
         if self._held:
-            held, self._held = self._held, b""
-            self._transport.write(held + data)
+            self._held += data
+            self._flush()
         else:
             self._held = data
             self._loop.call_soon(self._flush)
