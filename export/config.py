@@ -55,8 +55,7 @@ class ClassifierStep(Table):
     """How the ONNX model runs."""
 
     instances: int = Field(default=1, ge=1, le=64)
-    threads: int = Field(default=1, ge=1, le=256)
-    idle_threads: int = Field(default=2, ge=1, le=256)
+    threads: int = Field(default=2, ge=1, le=256)
     pictures_per_run: int = Field(default=1, ge=0, le=256)
     accelerator: Literal["cuda", "tensorrt"] = "cuda"
     precision: Literal["fp32", "fp16"] = "fp32"
@@ -122,7 +121,6 @@ def classifier(pipeline: str, versions: Iterable[int], size: int, labels: int, s
     config.instance_group.add(count=settings.instances, kind=pb.ModelInstanceGroup.KIND_AUTO)
     config.parameters["intra_op_thread_count"].string_value = str(settings.threads)
     config.parameters["inter_op_thread_count"].string_value = "1"
-    config.parameters["idle_thread_count"].string_value = str(settings.idle_threads)
     config.parameters["items_per_run"].string_value = str(settings.pictures_per_run)
     if settings.accelerator == "tensorrt":
         tensorrt = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="tensorrt")

@@ -1,10 +1,12 @@
-"""The CPU ONNX backend, without Triton around it: batches in pieces, and runs that take idle processors."""
+"""The CPU ONNX backend, without Triton around it: batches in pieces that run side by side, and idle processors."""
 
 from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,19 +20,46 @@ from export.steps import load_module
 from triton_runtime.stack import ROOT
 
 SIZE = 224
+FINAL = 1
+
+
+@dataclass(frozen=True)
+class Request(backend.InferenceRequest):
+    """A request that is answered through its sender, once."""
+
+    responses: list[backend.InferenceResponse] = field(default_factory=list)
+    is_answered: threading.Event = field(default_factory=threading.Event)
+
+    def get_response_sender(self) -> Request:
+        """As Triton's."""
+        return self
+
+    def send(self, response: backend.InferenceResponse, flags: int) -> None:
+        """As Triton's."""
+        assert flags == FINAL
+        self.responses.append(response)
+        self.is_answered.set()
+
+    def response(self) -> backend.InferenceResponse:
+        """Wait for it."""
+        assert self.is_answered.wait(30)
+        (response,) = self.responses
+        return response
 
 
 @pytest.fixture(scope="module")
 def module() -> Iterator[ModuleType]:
     """The backend, with the exam's stand-in for what exists only inside of Triton's processes."""
-    sys.modules["triton_python_backend_utils"] = backend.utilities()
+    sys.modules["triton_python_backend_utils"] = utilities = backend.utilities()
+    utilities.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL  # type: ignore[attr-defined]
     yield load_module(ROOT / "triton_runtime/backends/onnxruntime/model.py")
     del sys.modules["triton_python_backend_utils"]
 
 
 @pytest.fixture
-def model(module: ModuleType, pristine: Path) -> Callable[..., Any]:
+def model(module: ModuleType, pristine: Path) -> Iterator[Callable[..., Any]]:
     """An instance of the shipped classifier, with these parameters in its configuration."""
+    instances = []
 
     def load(**parameters: int) -> Any:
         config = {
@@ -48,16 +77,19 @@ def model(module: ModuleType, pristine: Path) -> Callable[..., Any]:
                 "model_version": "1",
             }
         )
+        instances.append(instance)
         return instance
 
-    return load
+    yield load
+    for instance in instances:
+        instance.finalize()
 
 
-def requests(*sizes: int) -> list[backend.InferenceRequest]:
+def requests(*sizes: int) -> list[Request]:
     """Requests for so many pictures each."""
     generator = np.random.default_rng(7)
     pixels = [generator.integers(0, 256, (size, SIZE, SIZE, 3), np.uint8) for size in sizes]
-    return [backend.InferenceRequest([backend.Tensor("PIXELS", each)]) for each in pixels]
+    return [Request([backend.Tensor("PIXELS", each)]) for each in pixels]
 
 
 def outputs(response: backend.InferenceResponse) -> dict[str, np.ndarray]:
@@ -65,17 +97,34 @@ def outputs(response: backend.InferenceResponse) -> dict[str, np.ndarray]:
     return {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors}
 
 
+class Gate:
+    """A session whose runs wait until they may go on."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+        self.begun = threading.Semaphore(0)
+        self.may_go_on = threading.Semaphore(0)
+
+    def run(self, *given: Any) -> Any:
+        """As the session's."""
+        self.begun.release()
+        assert self.may_go_on.acquire(timeout=30)
+        return self._session.run(*given)
+
+
+@pytest.mark.parametrize("threads", [0, 1])
 @pytest.mark.parametrize("items_per_run", [0, 1, 3])
-def test_a_batch_in_pieces_is_answered_as_each_picture_alone(model: Callable[..., Any], items_per_run: int) -> None:
+def test_a_batch_in_pieces_is_answered_as_each_picture_alone(
+    model: Callable[..., Any], items_per_run: int, threads: int
+) -> None:
     batch = requests(3, 1, 4)
     plain = onnxruntime.InferenceSession(
         str(ROOT / "model_repository/defect_classifier/1/model.onnx"), providers=["CPUExecutionProvider"]
     )
-    responses = model(items_per_run=items_per_run).execute(batch)
-    assert len(responses) == len(batch)
-    for request, response in zip(batch, responses, strict=True):
+    model(items_per_run=items_per_run, intra_op_thread_count=threads).execute(batch)
+    for request in batch:
         (pixels,) = (tensor.as_numpy() for tensor in request.tensors)
-        found = outputs(response)
+        found = outputs(request.response())
         for i, picture in enumerate(pixels):
             probabilities, digest = plain.run(["PROBABILITIES", "DIGEST"], {"PIXELS": picture[None]})
             np.testing.assert_allclose(found["PROBABILITIES"][i], probabilities[0], atol=1e-5)
@@ -83,36 +132,85 @@ def test_a_batch_in_pieces_is_answered_as_each_picture_alone(model: Callable[...
         assert len(found["PROBABILITIES"]) == len(pixels)
 
 
+def with_processors(instance: Any, module: ModuleType, load: Path, running: int) -> Any:
+    """The instance, on two processors with so many threads that run or could."""
+    if instance.processors.count < 2:
+        pytest.skip("there is one processor")
+    load.write_text(f"0.52 0.58 0.59 {running}/467 12345\n")
+    instance.processors = module.Processors(load)
+    instance.processors.count = 2
+    return instance
+
+
 @pytest.mark.parametrize(("running", "takes_them"), [(1, True), (2, False), (5, False)])
 def test_a_run_takes_the_processors_that_are_idle_and_no_others(
     module: ModuleType, model: Callable[..., Any], tmp_path: Path, running: int, takes_them: bool
 ) -> None:
-    instance = model(idle_thread_count=2)
-    if instance.processors.count < 2:
-        pytest.skip("there is one processor")
-    load = tmp_path / "loadavg"
-    load.write_text(f"0.52 0.58 0.59 {running}/467 12345\n")
-    instance.processors = module.Processors(load)
-    instance.processors.count = 2
+    instance = with_processors(model(intra_op_thread_count=2), module, tmp_path / "loadavg", running)
     used = []
-    for name in ("session", "idle_session"):
+    for name in ("session", "wide_session"):
         session = getattr(instance, name)
         run = lambda *given, session=session, name=name: (used.append(name), session.run(*given))[1]  # noqa: E731
         setattr(instance, name, SimpleNamespace(run=run))
-    (response,) = instance.execute(requests(1))
-    assert outputs(response)["PROBABILITIES"].sum() == pytest.approx(1)
-    assert used == ["idle_session" if takes_them else "session"]
+    (request,) = requests(1)
+    instance.execute([request])
+    assert outputs(request.response())["PROBABILITIES"].sum() == pytest.approx(1)
+    assert used == ["wide_session" if takes_them else "session"]
+
+
+def test_pieces_run_side_by_side_and_the_next_batch_comes_when_the_last_one_has_begun(
+    module: ModuleType, model: Callable[..., Any], tmp_path: Path
+) -> None:
+    instance = with_processors(model(intra_op_thread_count=2, items_per_run=1), module, tmp_path / "loadavg", running=2)
+    gate = instance.session = Gate(instance.session)
+    (first,), (second,) = requests(3), requests(2)
+    executing = threading.Thread(target=instance.execute, args=([first],))
+    executing.start()
+    for _ in range(2):
+        assert gate.begun.acquire(timeout=30), "two pieces at once"
+    executing.join(0.2)
+    assert executing.is_alive(), "there are more pieces than processors"
+    gate.may_go_on.release()
+    executing.join(30)
+    assert not executing.is_alive(), "the last piece has begun"
+    assert not first.is_answered.is_set()
+    executing = threading.Thread(target=instance.execute, args=([second],))
+    executing.start()
+    gate.may_go_on.release(4)
+    assert len(outputs(first.response())["PROBABILITIES"]) == 3
+    assert len(outputs(second.response())["PROBABILITIES"]) == 2
+    executing.join(30)
+
+
+def test_what_has_begun_is_answered_before_the_end(model: Callable[..., Any]) -> None:
+    instance = model(intra_op_thread_count=2, items_per_run=1)
+    batch = requests(2, 2)
+    instance.execute(batch)
+    instance.finalize()
+    assert all(request.is_answered.is_set() for request in batch)
 
 
 def test_more_threads_than_processors_are_not_tried(module: ModuleType, model: Callable[..., Any]) -> None:
     processors = module.Processors()
     assert not processors.are_idle(processors.count + 1)
-    assert model(idle_thread_count=1).idle_session is None
-    assert model(idle_thread_count=64).idle_threads == processors.count
+    assert model(intra_op_thread_count=64).threads == processors.count
+    assert model(intra_op_thread_count=0).threads == processors.count
+    assert model().threads == 1
 
 
 def test_a_tensor_that_the_model_refuses_is_an_error_of_each_request(model: Callable[..., Any]) -> None:
-    wrong = backend.InferenceRequest([backend.Tensor("PIXELS", np.zeros((1, 5, 5, 3), np.uint8))])
-    responses = model().execute([wrong, wrong])
+    instance = model(items_per_run=1)
+    wrong = [Request([backend.Tensor("PIXELS", np.zeros((2, 5, 5, 3), np.uint8))]) for _ in range(2)]
+    instance.execute(wrong)
+    assert all("onnxruntime" in str(request.response().error) for request in wrong)
+    (right,) = requests(1)
+    instance.execute([right])
+    assert outputs(right.response())
+
+
+def test_tensors_that_make_no_batch_are_an_error_of_each_request(model: Callable[..., Any]) -> None:
+    sizes = (5, SIZE)
+    mixed = [Request([backend.Tensor("PIXELS", np.zeros((1, size, size, 3), np.uint8))]) for size in sizes]
+    responses = model().execute(mixed)
     assert all("onnxruntime" in str(response.error) for response in responses)
-    assert len(responses) == 2
+    assert len(responses) == len(mixed)

@@ -63,11 +63,12 @@ def difference(serving: Serving, default: Serving) -> dict[str, int]:
 
 
 def coarse(default: Serving, grid: Grid) -> list[Serving]:
-    """Every value of the grid alone; and one classifier with all the threads, which neither change alone would show."""
+    """Every value of the grid alone; and one classifier with all the threads, or many with one each."""
     changes = [{name: new} for name, values in grid.items() for new in values]
     together = ("classifier.instances", "classifier.threads")
     if all(len(grid.get(name, ())) > 1 for name in together):
-        changes.append({together[0]: min(grid[together[0]]), together[1]: max(grid[together[1]])})
+        few, many = min(grid[together[1]]), max(grid[together[1]])
+        changes += [dict(zip(together, pair, strict=True)) for pair in ((few, many), (many, few))]
     return _new((changed(default, change) for change in changes), known=[default])
 
 

@@ -5,16 +5,23 @@ and reads the same `config.pbtxt`, so the same repository runs here and on the C
 Accelerators are ignored: there is no GPU where this backend runs. Understood are `default_model_filename` and these
 parameters, of which the C++ backend knows the first three:
 
-    intra_op_thread_count, inter_op_thread_count   1 by default: more throughput comes from more instances
-    graph_optimization_level                       -1 basic, 0 or 1 all
-    items_per_run                                  a batch goes through the model so many at a time; 0: all at once
-    idle_thread_count                              threads of a run that finds so many processors idle
+    intra_op_thread_count        processors that an instance uses, 1 by default; 0: all
+    inter_op_thread_count        1 by default
+    graph_optimization_level     -1 basic, 0 or 1 all
+    items_per_run                a batch goes through the model in pieces of so many; 0: all at once
+
+Pieces of a batch run side by side, each on one processor, which wastes less than several processors on one piece.
+Only a batch that is one piece gets them all, where they are idle.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import queue
+import threading
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +30,11 @@ import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
-    """One instance of the model, in a process of its own."""
+    """One instance of the model, in a process of its own, with a thread for each processor that it uses.
+
+    One process, because two of them that take turns on a processor empty its caches for each other: that costs a
+    twentieth of the time of the model.
+    """
 
     @staticmethod
     def auto_complete_config(auto_complete_model_config):
@@ -44,49 +55,111 @@ class TritonPythonModel:
         self.inputs = [tensor["name"] for tensor in config["input"]]
         self.outputs = [tensor["name"] for tensor in config["output"]]
         self.items_per_run = int(parameters.get("items_per_run", 0))
-        threads = int(parameters.get("intra_op_thread_count", 1))
-        self.session = _session(path, parameters, threads)
         self.processors = Processors()
-        self.idle_threads = min(int(parameters.get("idle_thread_count", 1)), self.processors.count)
-        self.idle_session = _session(path, parameters, self.idle_threads) if self.idle_threads > threads else None
+        wanted = int(parameters.get("intra_op_thread_count", 1)) or self.processors.count
+        self.threads = min(wanted, self.processors.count)
+        self.session = _session(path, parameters, 1)
+        self.wide_session = _session(path, parameters, self.threads) if self.threads > 1 else self.session
+        self.pieces: queue.SimpleQueue[tuple[Batch, slice] | None] = queue.SimpleQueue()
+        self.workers = [threading.Thread(target=self._work, daemon=True) for _ in range(self.threads)]
+        for worker in self.workers:
+            worker.start()
 
-    def execute(self, requests: list) -> list:
-        """Run all requests that Triton batched together as one batch, and split the outputs again."""
+    def execute(self, requests: list) -> list | None:
+        """Run all requests that Triton batched together as one batch; they are answered when the last piece is done.
+
+        It returns when the last piece has begun. Triton then sends the next batch, for the processors that this one
+        has no more pieces for, and counts as time of the model only what was until then.
+        """
         try:
-            tensors = [self._inputs_of(request) for request in requests]
-            feed = {
-                name: parts[0] if len(parts) == 1 else np.concatenate(parts)
-                for name, parts in zip(self.inputs, zip(*tensors, strict=True), strict=True)
-            }
-            results = self._run(feed)
+            batch = Batch(requests, self.inputs, self.outputs, self.items_per_run)
         except Exception as error:
-            failure = pb_utils.TritonError(f"onnxruntime: {error}")
-            return [pb_utils.InferenceResponse([], failure) for _ in requests]
-        ends = np.cumsum([len(parts[0]) for parts in tensors])
-        splits = [np.split(result, ends[:-1]) for result in results]
-        return [
-            pb_utils.InferenceResponse(
-                [pb_utils.Tensor(name, part) for name, part in zip(self.outputs, parts, strict=True)]
+            return [_failure(error) for _ in requests]
+        if len(batch.pieces) == 1 and self.threads > 1 and self.processors.are_idle(self.threads):
+            batch.run(batch.pieces[0], self.wide_session)
+            return None
+        for piece in batch.pieces:
+            self.pieces.put((batch, piece))
+        batch.has_begun.wait()
+        return None
+
+    def finalize(self) -> None:
+        """Answer what is left, and end."""
+        for _ in self.workers:
+            self.pieces.put(None)
+        for worker in self.workers:
+            worker.join()
+
+    def _work(self) -> None:
+        while (work := self.pieces.get()) is not None:
+            batch, piece = work
+            if piece is batch.pieces[-1]:
+                batch.has_begun.set()
+            try:
+                batch.run(piece, self.session)
+            except Exception:  # Triton takes no answer any more; the next batch deserves this thread nevertheless
+                traceback.print_exc()
+
+
+class Batch:
+    """Requests that go through the model together, in pieces, and are answered together.
+
+    Args:
+        requests: Triton's, each of at least one item.
+        inputs, outputs: names of the model's tensors.
+        items_per_run: how many items a piece has; 0: all.
+    """
+
+    def __init__(self, requests: list, inputs: Sequence[str], outputs: Sequence[str], items_per_run: int) -> None:
+        tensors = {
+            name: [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for request in requests]
+            for name in inputs
+        }
+        # A copy even of one request: the tensors are Triton's memory, which it may take back when `execute` returns.
+        self._feed = {name: np.concatenate(parts) for name, parts in tensors.items()}
+        self._ends = np.cumsum([len(part) for part in tensors[inputs[0]]])
+        self._outputs = outputs
+        self._senders = [request.get_response_sender() for request in requests]
+        size = int(self._ends[-1])
+        step = items_per_run or size
+        self.pieces = [slice(start, start + step) for start in range(0, size, step)]
+        self.has_begun = threading.Event()
+        """The last piece has."""
+        self._results: dict[int, list[np.ndarray]] = {}
+        """By where the piece starts."""
+        self._error: Exception | None = None
+        self._lock = threading.Lock()
+        self._left = len(self.pieces)
+
+    def run(self, piece: slice, session: onnxruntime.InferenceSession) -> None:
+        """Send a piece through the model; with the last of them, answer."""
+        try:
+            self._results[piece.start] = session.run(
+                self._outputs, {name: items[piece] for name, items in self._feed.items()}
             )
-            for parts in zip(*splits, strict=True)
+        except Exception as error:
+            self._error = error
+        with self._lock:
+            self._left -= 1
+            is_done = self._left == 0
+        if is_done:
+            for sender, response in zip(self._senders, self._responses(), strict=True):
+                sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _responses(self) -> list:
+        if self._error is not None:
+            return [_failure(self._error) for _ in self._senders]
+        results = [self._results[piece.start] for piece in self.pieces]
+        whole = [np.concatenate(parts) for parts in zip(*results, strict=True)]
+        splits = {name: np.split(items, self._ends[:-1]) for name, items in zip(self._outputs, whole, strict=True)}
+        return [
+            pb_utils.InferenceResponse([pb_utils.Tensor(name, parts[i]) for name, parts in splits.items()])
+            for i in range(len(self._senders))
         ]
 
-    def _run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
-        size = len(feed[self.inputs[0]])
-        step = self.items_per_run or size
-        runs = [
-            self._best_session().run(self.outputs, {name: items[i : i + step] for name, items in feed.items()})
-            for i in range(0, size, step)
-        ]
-        return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
 
-    def _best_session(self) -> onnxruntime.InferenceSession:
-        if self.idle_session is not None and self.processors.are_idle(self.idle_threads):
-            return self.idle_session
-        return self.session
-
-    def _inputs_of(self, request) -> list[np.ndarray]:
-        return [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs]
+def _failure(error: Exception):
+    return pb_utils.InferenceResponse([], pb_utils.TritonError(f"onnxruntime: {error}"))
 
 
 def _session(path: str, parameters: dict[str, str], threads: int) -> onnxruntime.InferenceSession:
