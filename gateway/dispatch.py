@@ -46,11 +46,14 @@ logger = logging.getLogger("gateway.dispatch")
 
 @dataclass(eq=False)
 class Call:
-    """Pictures on their way through one replica. `had_to_wait`: there was no room when the first of them came."""
+    """Pictures on their way through one replica."""
 
     replica: Replica
     group: list[Waiting]
     had_to_wait: bool
+    """There was no room when the first of them came."""
+    there: int = 0
+    """Pictures that the replica had when it got these, with them."""
     sent: float = field(default_factory=time.monotonic)
     task: asyncio.Task[None] | None = None
     is_lost: bool = False
@@ -86,6 +89,7 @@ class Lane:
         self.calls.add(call)
         self._calls_of[call.replica] += 1
         self._in_calls += len(call.group)
+        call.there = sum(len(each.group) for each in self.calls if each.replica is call.replica)
         there = len(self.line) + self._in_calls
         self._crowd = max(there, self._crowd - max(0.25, (self._crowd - there) / 4))
 
@@ -140,7 +144,7 @@ class Lane:
             self._answered_s += weight * (seconds - self._answered_s)
         self._picture_s += weight * (seconds / len(call.group) - self._picture_s)
         if call.had_to_wait:
-            self.knees[call.replica].observe(seconds, len(call.group))
+            self.knees[call.replica].observe(seconds, len(call.group), call.there)
 
     def left_after_giving_up(self, call: Call) -> float:
         """Seconds for which a call that was given up keeps its place: until it would usually have been answered.
@@ -258,8 +262,8 @@ class Dispatcher:
             if not free:
                 return
             replica = min(free, key=lambda each: (each.is_shunned, each.calls, each.called_at))
-            most = min(self._settings.group, replica.max_batch(lane.release), lane.share(having))
-            most = lane.knees[replica].size(most)
+            most = min(self._settings.group, replica.max_batch(lane.release))
+            most = lane.knees[replica].size(lane.share(having), most)
             # As long as the replica has as many calls but one as it works on, the last one can wait for its share.
             if len(lane.line) < min(most, lane.coming()) and lane.room(replica) == 1 and not is_overdue:
                 if lane.alarm is None:

@@ -8,7 +8,11 @@ every call takes another time, as here, that would mistake each one for a queue,
 usual.
 
 What is usual depends on how many pictures a call has, and the more calls there are, the fewer pictures each gets. So it
-is learnt with calls of two sizes, which tell what a call takes and what a picture adds.
+is learnt with calls of two sizes, which tell what a call takes and what a picture adds. First all have the one size,
+then all have the other: calls that are worked on in the order of their arrival wait for those beside them.
+
+Where the fewest calls answer nearly as many pictures a second as more do, it stays with them: more would make some
+pictures wait for others, which shows in the slowest answers.
 """
 
 from __future__ import annotations
@@ -20,16 +24,18 @@ _FEWEST, _MOST = 2, 256
 _WAITING = (0.3, 1.0)
 _MARGIN = 0.05
 """Of the limit: no median of a few calls is more exact."""
-_SAMPLES = 20
+_WORTH = 0.05
+"""More calls than the fewest have to answer so many more pictures a second."""
+_SAMPLES = 24
 """Calls that a median is taken of."""
 _RENEW_AFTER = (100, 1600)
 """After so many times `limit` calls it learns anew, with few calls at once: the machine may have changed. The first,
-and twice as many each time that it finds what it knew, up to the second. With the fewest calls it is always the first:
-there it costs nothing, and there a machine that is slower now would keep it."""
+and twice as many each time that it finds what it knew, up to the second. With the fewest calls it is always the first,
+unless more were not worth it: there it costs nothing, and there a machine that is slower now would keep it."""
 _SAME = 0.1
 """So little apart are two findings that are the same."""
 _LARGER = 1.5
-"""It learns anew, too, where calls are so many times as large as any that it learnt from."""
+"""It learns anew, too, where the fewest calls would be so many times as large as any that it learnt from."""
 
 
 class Knee:
@@ -44,9 +50,13 @@ class Knee:
         """Pictures and seconds of calls beside few others."""
         self._of_call, self._of_picture = 0.0, 0.0
         """Seconds that a call takes beside few others: these, and for each picture these."""
+        self._most = 1
+        """Pictures that a call may have."""
         self._renew_after = _RENEW_AFTER[0]
-        self._window: list[float] = []
-        """How many times longer the latest calls took."""
+        self._has_enough = False
+        """More calls than the fewest were tried, and not worth it."""
+        self._window: list[tuple[float, float]] = []
+        """How many times longer the latest calls took, and how many times as many pictures a second that makes."""
         self._calls = 0
         """Since it learns; below one are those that were sent before, beside many others."""
 
@@ -55,12 +65,14 @@ class Knee:
         """Calls at once."""
         return _FEWEST if self._is_learning else int(self._limit)
 
-    def size(self, share: int) -> int:
-        """How many pictures the next call should have, where `share` would be its share of all that are there."""
-        return math.ceil(share / 2) if self._is_learning and self._calls % 2 else share
+    def size(self, share: int, most: int) -> int:
+        """How many pictures the next call should have: its share of all that are there, `most` at most; or half."""
+        self._most = most
+        size = min(share, most)
+        return math.ceil(size / 2) if self._is_learning and self._calls >= _SAMPLES / 2 else size
 
-    def observe(self, seconds: float, pictures: int) -> None:
-        """A call with so many pictures, made at the limit, took so many seconds."""
+    def observe(self, seconds: float, pictures: int, there: int) -> None:
+        """A call with so many pictures, made at the limit, took so many seconds; with it, `there` were in all calls."""
         self._calls += 1
         if self._calls <= 0:
             return
@@ -69,10 +81,12 @@ class Knee:
             if len(self._learnt) >= _SAMPLES:
                 self._conclude()
             return
-        if pictures > _LARGER * max(size for size, _ in self._learnt):
+        of_fewest = min(self._most, there / _FEWEST)
+        if of_fewest > _LARGER * max(size for size, _ in self._learnt):
             self._learn_anew()
             return
-        self._window.append(seconds / self._usual(pictures))
+        gain = there / seconds / (_FEWEST * of_fewest / self._usual(of_fewest))
+        self._window.append((seconds / self._usual(pictures), gain))
         if len(self._window) >= max(_SAMPLES, self.limit):
             self._decide()
 
@@ -86,7 +100,7 @@ class Knee:
 
     def _conclude(self) -> None:
         """Draw the line through what was learnt, with the same weight for each call but none for outliers."""
-        self._is_learning = False
+        self._is_learning = self._has_enough = False
         usual = {
             size: statistics.median(seconds for pictures, seconds in self._learnt if pictures == size)
             for size, _ in self._learnt
@@ -106,8 +120,18 @@ class Knee:
         self._of_call, self._of_picture = of_call, of_picture
 
     def _decide(self) -> None:
-        slowdown = max(1.0, statistics.median(self._window))
+        slowdown, gain = (statistics.median(values) for values in zip(*self._window, strict=True))
         self._window.clear()
+        if self.limit > _FEWEST and gain < 1 + _WORTH:
+            self._has_enough, self._limit = True, float(_FEWEST)
+        if not self._has_enough:
+            self._move(max(1.0, slowdown))
+        is_always_first = self.limit == _FEWEST and not self._has_enough
+        renew_after = _RENEW_AFTER[0] if is_always_first else self._renew_after
+        if self._calls > renew_after * self._limit:
+            self._learn_anew()
+
+    def _move(self, slowdown: float) -> None:
         waiting = self._limit * (1 - 1 / slowdown)
         too_few, too_many = (number + _MARGIN * self._limit for number in _WAITING)
         self._is_starting = self._is_starting and waiting < too_few
@@ -118,9 +142,6 @@ class Knee:
         elif waiting > too_many:
             self._limit -= max(1.0, (waiting - too_many) / 2)
         self._limit = min(_MOST, max(_FEWEST, self._limit))
-        renew_after = _RENEW_AFTER[0] if self.limit == _FEWEST else self._renew_after
-        if self._calls > renew_after * self._limit:
-            self._learn_anew()
 
     def _learn_anew(self) -> None:
         self._is_learning = True

@@ -23,8 +23,8 @@ class Server:
         self.workers, self.seconds, self.fixed = workers, seconds, fixed
         self._noise = noise
         self._random = random.Random(7)
-        self._waiting: deque[tuple[float, int]] = deque()
-        self._working: list[tuple[float, float, int]] = []
+        self._waiting: deque[tuple[float, int, int]] = deque()
+        self._working: list[tuple[float, float, int, int]] = []
         self._now = 0.0
 
     @property
@@ -40,15 +40,17 @@ class Server:
         limits, done, began = [], 0.0, 0.0
         for number in range(calls):
             while len(self._waiting) + len(self._working) < knee.limit:
-                share = 8 if clients is None else min(8, math.ceil(clients / knee.limit))
-                self._waiting.append((self._now, knee.size(share)))
+                share = 8 if clients is None else math.ceil(clients / knee.limit)
+                pictures = knee.size(share, most=8)
+                there = pictures + sum(call[-2] for call in (*self._waiting, *self._working))
+                self._waiting.append((self._now, pictures, there))
             while self._waiting and len(self._working) < self.workers:
-                sent, pictures = self._waiting.popleft()
+                sent, pictures, there = self._waiting.popleft()
                 usual = self.seconds * (self.fixed + (1 - self.fixed) * pictures / 8)
                 takes = usual * self._random.lognormvariate(0, self._noise)
-                heapq.heappush(self._working, (self._now + takes, sent, pictures))
-            self._now, sent, pictures = heapq.heappop(self._working)
-            knee.observe(self._now - sent, pictures)
+                heapq.heappush(self._working, (self._now + takes, sent, pictures, there))
+            self._now, sent, pictures, there = heapq.heappop(self._working)
+            knee.observe(self._now - sent, pictures, there)
             if number < calls * 2 // 3:
                 began = self._now
             else:
@@ -103,6 +105,17 @@ def test_the_limit_settles_again_where_more_clients_make_the_calls_larger() -> N
     limit, rate = server.run(knee, 3000)
     assert limit <= 8 * 1.3 + 3
     assert rate >= 0.8 * server.capacity
+
+
+@pytest.mark.parametrize("clients", [16, 64])
+def test_more_calls_that_bring_nothing_are_seldom_tried(clients: int) -> None:
+    knee, server = Knee(), Server(2, noise=0.1, fixed=0.1)
+    server.run(knee, 500, clients)
+    limits = [server.run(knee, 10, clients)[0] for _ in range(300)]
+    assert statistics.fmean(limits) < 2.1
+    server.workers = 8
+    limit, _ = server.run(knee, 12000, clients)
+    assert limit > 6
 
 
 def test_a_full_queue_halves_the_limit() -> None:
