@@ -30,8 +30,9 @@ _SAMPLES = 24
 """Calls that a median is taken of."""
 _RENEW_AFTER = (100, 1600)
 """After so many times `limit` calls it learns anew, with few calls at once: the machine may have changed. The first,
-and twice as many each time that it finds what it knew, up to the second. With the fewest calls it is always the first,
-unless more were not worth it: there it costs nothing, and there a machine that is slower now would keep it."""
+and twice as many each time that it finds what it knew, up to the second. With the fewest calls it is always the first:
+there it costs nothing, and there a machine that is slower now would keep it. Where more were not worth it, it is the
+second: trying them costs the slowest answers."""
 _SAME = 0.1
 """So little apart are two findings that are the same."""
 _LARGER = 1.5
@@ -126,8 +127,9 @@ class Knee:
             self._has_enough, self._limit = True, float(_FEWEST)
         if not self._has_enough:
             self._move(max(1.0, slowdown))
-        is_always_first = self.limit == _FEWEST and not self._has_enough
-        renew_after = _RENEW_AFTER[0] if is_always_first else self._renew_after
+        renew_after = self._renew_after
+        if self.limit == _FEWEST:
+            renew_after = _RENEW_AFTER[self._has_enough]
         if self._calls > renew_after * self._limit:
             self._learn_anew()
 
