@@ -208,6 +208,14 @@ def test_a_tensor_that_the_model_refuses_is_an_error_of_each_request(model: Call
     assert outputs(right.response())
 
 
+def test_an_output_without_a_batch_is_an_error_of_each_request(model: Callable[..., Any]) -> None:
+    instance = model(items_per_run=1)
+    instance.session = SimpleNamespace(run=lambda *_: [np.float32(1), np.float32(1)])
+    batch = requests(1, 1)
+    instance.execute(batch)
+    assert all("onnxruntime" in str(request.response().error) for request in batch)
+
+
 def test_tensors_that_make_no_batch_are_an_error_of_each_request(model: Callable[..., Any]) -> None:
     sizes = (5, SIZE)
     mixed = [Request([backend.Tensor("PIXELS", np.zeros((1, size, size, 3), np.uint8))]) for size in sizes]

@@ -59,7 +59,7 @@ class TritonPythonModel:
         wanted = int(parameters.get("intra_op_thread_count", 1)) or self.processors.count
         self.threads = min(wanted, self.processors.count)
         self.session = _session(path, parameters, 1)
-        self.wide_session = _session(path, parameters, self.threads) if self.threads > 1 else self.session
+        self.wide_session = _session(path, parameters, self.threads) if self.threads > 1 else None
         self.pieces: queue.SimpleQueue[tuple[Batch, slice] | None] = queue.SimpleQueue()
         self.workers = [threading.Thread(target=self._work, daemon=True) for _ in range(self.threads)]
         for worker in self.workers:
@@ -75,7 +75,7 @@ class TritonPythonModel:
             batch = Batch(requests, self.inputs, self.outputs, self.items_per_run)
         except Exception as error:
             return [_failure(error) for _ in requests]
-        if len(batch.pieces) == 1 and self.threads > 1 and self.processors.are_idle(self.threads):
+        if len(batch.pieces) == 1 and self.wide_session is not None and self.processors.are_idle(self.threads):
             batch.run(batch.pieces[0], self.wide_session)
             return None
         for piece in batch.pieces:
@@ -147,15 +147,18 @@ class Batch:
                 sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _responses(self) -> list:
-        if self._error is not None:
-            return [_failure(self._error) for _ in self._senders]
-        results = [self._results[piece.start] for piece in self.pieces]
-        whole = [np.concatenate(parts) for parts in zip(*results, strict=True)]
-        splits = {name: np.split(items, self._ends[:-1]) for name, items in zip(self._outputs, whole, strict=True)}
-        return [
-            pb_utils.InferenceResponse([pb_utils.Tensor(name, parts[i]) for name, parts in splits.items()])
-            for i in range(len(self._senders))
-        ]
+        try:
+            if self._error is not None:
+                raise self._error
+            results = [self._results[piece.start] for piece in self.pieces]
+            whole = [np.concatenate(parts) for parts in zip(*results, strict=True)]
+            splits = {name: np.split(items, self._ends[:-1]) for name, items in zip(self._outputs, whole, strict=True)}
+            return [
+                pb_utils.InferenceResponse([pb_utils.Tensor(name, parts[i]) for name, parts in splits.items()])
+                for i in range(len(self._senders))
+            ]
+        except Exception as error:  # nobody else would answer
+            return [_failure(error) for _ in self._senders]
 
 
 def _failure(error: Exception):
