@@ -68,7 +68,8 @@ def coarse(default: Serving, grid: Grid) -> list[Serving]:
     together = ("classifier.instances", "classifier.threads")
     if all(len(grid.get(name, ())) > 1 for name in together):
         few, many = min(grid[together[1]]), max(grid[together[1]])
-        changes += [dict(zip(together, pair, strict=True)) for pair in ((few, many), (many, few))]
+        pairs = [pair for pair in ((few, many), (many, few)) if pair[0] in grid[together[0]]]
+        changes += [dict(zip(together, pair, strict=True)) for pair in pairs]
     return _new((changed(default, change) for change in changes), known=[default])
 
 
