@@ -44,7 +44,10 @@ def test_a_timeout_that_is_none_is_refused(client: httpx.Client, jpeg: bytes, va
 
 def test_what_cannot_be_met_is_a_typed_error(client: httpx.Client, jpeg: bytes) -> None:
     assert client.post("/v1/predict", content=jpeg, headers={**IMAGE, HEADER: "30000"}).status_code == 200
-    assert_problem(client.post("/v1/predict", content=jpeg, headers={**IMAGE, HEADER: "1"}), "deadline_exceeded")
+    hopeless = {**IMAGE, HEADER: "2"}
+    answers = (client.post("/v1/predict", content=jpeg, headers=hopeless) for _ in range(50))
+    # On a busy machine the body itself may take longer, which has a code of its own.
+    assert_problem(next(a for a in answers if a.json()["code"] != "body_timeout"), "deadline_exceeded")
 
 
 @pytest.mark.parametrize(("asked", "cap", "expected"), [(400, 30, 0.4), (3_600_000, 0.6, 0.6)])

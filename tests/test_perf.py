@@ -1,4 +1,7 @@
-"""`make perf` on the real thing: perf_analyzer, gateway, Triton, real pictures. Windows are short, bounds are wide."""
+"""`make perf` on the real thing: perf_analyzer, gateway, Triton, real pictures.
+
+Windows are short, so bounds are wide: the intervals of three rounds span decades if other work had the machine in one.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,13 @@ p50 = 0.01
 release = "latest"
 endpoint = "gateway"
 request_rate = 10
-p50 = 60000
-p99 = 60000
+p50 = 1e9
+p99 = 1e9
 
 [[budget]]
 endpoint = "classifier"
 concurrency = 1
-p50 = 60000
+p50 = 1e9
 
 [[budget]]
 release = "defect-v77"
@@ -81,12 +84,15 @@ def test_a_broken_budget_fails_and_the_report_shows_where_the_time_went(
     page, data = written(tmp_path)
 
     broken, *others = data["verdicts"]
-    assert {(v["endpoint"], v["what"]): v["outcome"] for v in others} == {
+    outcomes = {(v["endpoint"], v["what"]): v["outcome"] for v in others}
+    rate = outcomes.pop(("gateway", "rate"))
+    assert rate in ("pass", "inconclusive")  # its bound is what it is: one answer of nine that is late may hide it
+    assert outcomes == {
         ("gateway", "p50"): "pass",
         ("gateway", "p99"): "inconclusive",  # not even a hundred requests
-        ("gateway", "rate"): "pass",
         ("classifier", "p50"): "pass",
     }
+    total = "1 fail, 1 inconclusive, 3 pass" if rate == "pass" else "1 fail, 2 inconclusive, 2 pass"
     assert (broken["outcome"], broken["bound"], broken["load"]["concurrency"]) == ("fail", 0.01, 4)
     assert broken["measured"]["low"] <= broken["measured"]["middle"] <= broken["measured"]["high"]
 
@@ -106,12 +112,12 @@ def test_a_broken_budget_fails_and_the_report_shows_where_the_time_went(
         "defect-v1, gateway",
         "postprocess",
         "p50 ≤ 0.01 ms",
-        "1 fail, 1 inconclusive, 3 pass",
+        total,
         "python -m perf",
     ):
         assert shown in page, shown
     printed = capsys.readouterr().out
-    assert "1 fail, 1 inconclusive, 3 pass" in printed
+    assert total in printed
     assert "needs 100" in printed and str(tmp_path) in printed
 
 
@@ -119,8 +125,8 @@ def test_two_releases_are_compared_side_by_side(
     perf_of_pair: Callable[..., int], pristine_pair: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "budgets.toml").write_text(
-        "[[compare]]\nendpoint = 'gateway'\nconcurrency = 2\np50 = 100\nthroughput = 0.01\n"
-        "[[compare]]\nendpoint = 'ensemble'\nconcurrency = 2\np50 = 0.001\n"
+        "[[compare]]\nendpoint = 'gateway'\nconcurrency = 2\np50 = 1e6\nthroughput = 1e-6\n"
+        "[[compare]]\nendpoint = 'ensemble'\nconcurrency = 2\np50 = 1e-6\n"
     )
     names = ("--release", "defect-v2", "--base", "defect-v1", "--budgets", str(tmp_path / "budgets.toml"))
     assert perf_of_pair(pristine_pair, *names, *SHORT) == 1
