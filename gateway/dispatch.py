@@ -52,8 +52,6 @@ class Call:
     group: list[Waiting]
     had_to_wait: bool
     """There was no room when the first of them came."""
-    there: int = 0
-    """Pictures that the replica had when it got these, with them."""
     sent: float = field(default_factory=time.monotonic)
     task: asyncio.Task[None] | None = None
     is_lost: bool = False
@@ -89,7 +87,6 @@ class Lane:
         self.calls.add(call)
         self._calls_of[call.replica] += 1
         self._in_calls += len(call.group)
-        call.there = sum(len(each.group) for each in self.calls if each.replica is call.replica)
         there = len(self.line) + self._in_calls
         self._crowd = max(there, self._crowd - max(0.25, (self._crowd - there) / 4))
 
@@ -135,7 +132,8 @@ class Lane:
 
     def learn(self, call: Call) -> None:
         """A call ended. One that was given up would have taken longer still."""
-        seconds = time.monotonic() - call.sent
+        now = time.monotonic()
+        seconds = now - call.sent
         if call.is_given_up and seconds < self.call_s:
             return
         weight = _RECENT if self.call_s else 1.0
@@ -143,8 +141,11 @@ class Lane:
         if not call.is_given_up:
             self._answered_s += weight * (seconds - self._answered_s)
         self._picture_s += weight * (seconds / len(call.group) - self._picture_s)
+        knee = self.knees[call.replica]
         if call.had_to_wait:
-            self.knees[call.replica].observe(seconds, len(call.group), call.there)
+            knee.observe(now, seconds, len(call.group))
+        else:
+            knee.pause()
 
     def left_after_giving_up(self, call: Call) -> float:
         """Seconds for which a call that was given up keeps its place: until it would usually have been answered.
@@ -262,7 +263,8 @@ class Dispatcher:
             if not free:
                 return
             replica = min(free, key=lambda each: (each.is_shunned, each.calls, each.called_at))
-            most = min(self._settings.group, replica.max_batch(lane.release))
+            fitting = lane.line.fitting(self._settings.group_bytes)
+            most = min(self._settings.group, replica.max_batch(lane.release), fitting)
             most = lane.knees[replica].size(lane.share(having), most)
             # As long as the replica has as many calls but one as it works on, the last one can wait for its share.
             if len(lane.line) < min(most, lane.coming()) and lane.room(replica) == 1 and not is_overdue:

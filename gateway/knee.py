@@ -12,20 +12,26 @@ is learnt with calls of two sizes, which tell what a call takes and what a pictu
 then all have the other: calls that are worked on in the order of their arrival wait for those beside them.
 
 Where the fewest calls answer nearly as many pictures a second as more do, it stays with them: more would make some
-pictures wait for others, which shows in the slowest answers.
+pictures wait for others, which shows in the slowest answers. Pictures a second are counted from answer to answer, with
+the time until the next call is there: that is what more calls at once can fill.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections import deque
 
 _FEWEST, _MOST = 2, 256
 _WAITING = (0.3, 1.0)
-_MARGIN = 0.05
+_MARGIN = 0.08
 """Of the limit: no median of a few calls is more exact."""
 _WORTH = 0.05
 """More calls than the fewest have to answer so many more pictures a second."""
+_RECENT = 0.3
+"""Weight of the newest median in what that is taken to be."""
+_HOPE = 1 / (1 + 2 * _WORTH)
+"""What that is taken to be at first: one median that is off does not decide."""
 _SAMPLES = 24
 """Calls that a median is taken of."""
 _RENEW_AFTER = (100, 1600)
@@ -47,17 +53,26 @@ class Knee:
         self._is_starting = True
         """Never yet too many: the limit grows by half."""
         self._is_learning = True
+        self._latest: deque[tuple[float, int]] = deque()
+        """When the latest calls were answered, and their pictures: as many as there are at once."""
         self._learnt: list[tuple[int, float]] = []
         """Pictures and seconds of calls beside few others."""
+        self._cycles: list[float] = []
+        """For each of these: from one answer to the next that the same place among the calls at once has, in calls."""
+        self._cycle = 1.0
+        """The same, as found."""
         self._of_call, self._of_picture = 0.0, 0.0
         """Seconds that a call takes beside few others: these, and for each picture these."""
         self._most = 1
         """Pictures that a call may have."""
         self._renew_after = _RENEW_AFTER[0]
+        self._each = _HOPE
+        """Seconds from picture to picture with more calls than the fewest, of late, in those with the fewest."""
         self._has_enough = False
         """More calls than the fewest were tried, and not worth it."""
         self._window: list[tuple[float, float]] = []
-        """How many times longer the latest calls took, and how many times as many pictures a second that makes."""
+        """How many times as long the latest calls took, and how many times as long it was from picture to picture, as
+        with the fewest."""
         self._calls = 0
         """Since it learns; below one are those that were sent before, beside many others."""
 
@@ -72,13 +87,21 @@ class Knee:
         size = min(share, most)
         return math.ceil(size / 2) if self._is_learning and self._calls >= _SAMPLES / 2 else size
 
-    def observe(self, seconds: float, pictures: int, there: int) -> None:
-        """A call with so many pictures, made at the limit, took so many seconds; with it, `there` were in all calls."""
+    def observe(self, now: float, seconds: float, pictures: int) -> None:
+        """A call with so many pictures, made at the limit, was answered, after so many seconds."""
         self._calls += 1
         if self._calls <= 0:
             return
+        self._latest.append((now, pictures))
+        before = None
+        while len(self._latest) > self.limit:
+            before, _ = self._latest.popleft()
+        if before is None:
+            return
+        cycle, there = now - before, sum(pictures for _, pictures in self._latest)
         if self._is_learning:
             self._learnt.append((pictures, seconds))
+            self._cycles.append(cycle / seconds)
             if len(self._learnt) >= _SAMPLES:
                 self._conclude()
             return
@@ -86,10 +109,14 @@ class Knee:
         if of_fewest > _LARGER * max(size for size, _ in self._learnt):
             self._learn_anew()
             return
-        gain = there / seconds / (_FEWEST * of_fewest / self._usual(of_fewest))
-        self._window.append((seconds / self._usual(pictures), gain))
+        of_picture = self._usual(of_fewest) * self._cycle / (_FEWEST * of_fewest)
+        self._window.append((seconds / self._usual(pictures), cycle / there / of_picture))
         if len(self._window) >= max(_SAMPLES, self.limit):
             self._decide()
+
+    def pause(self) -> None:
+        """A call was answered that was not made at the limit."""
+        self._latest.clear()
 
     def full(self) -> None:
         """Triton refused a call because its queue is full."""
@@ -119,12 +146,15 @@ class Knee:
         else:
             self._renew_after = _RENEW_AFTER[0]
         self._of_call, self._of_picture = of_call, of_picture
+        self._cycle = statistics.median(self._cycles)
 
     def _decide(self) -> None:
-        slowdown, gain = (statistics.median(values) for values in zip(*self._window, strict=True))
+        slowdown, each = (statistics.median(values) for values in zip(*self._window, strict=True))
         self._window.clear()
-        if self.limit > _FEWEST and gain < 1 + _WORTH:
-            self._has_enough, self._limit = True, float(_FEWEST)
+        if self.limit > _FEWEST:
+            self._each += _RECENT * (each - self._each)
+            if self._each > 1 / (1 + _WORTH):
+                self._has_enough, self._limit = True, float(_FEWEST)
         if not self._has_enough:
             self._move(max(1.0, slowdown))
         renew_after = self._renew_after
@@ -147,6 +177,8 @@ class Knee:
 
     def _learn_anew(self) -> None:
         self._is_learning = True
+        self._each = _HOPE
         self._learnt.clear()
+        self._cycles.clear()
         self._window.clear()
         self._calls = -int(self._limit)

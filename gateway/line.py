@@ -88,6 +88,10 @@ class Line:
         """All that wait."""
         return [*self._again, *(waiting for queue in self._by_client.values() for waiting in queue)]
 
+    def fitting(self, most_bytes: int) -> int:
+        """How many of those that wait, of their mean size, are not larger together; at least one."""
+        return max(1, most_bytes * self._count // max(1, self.bytes))
+
     def take(self, most: int, most_bytes: int) -> list[Waiting]:
         """The next, and with it what can share its call: not more than so many, and not larger together."""
         group: list[Waiting] = []

@@ -368,6 +368,12 @@ def test_who_does_not_fit_into_a_group_begins_the_next() -> None:
     assert names(waiting.take(9, 9)) == ["c3"]
 
 
+def test_how_many_fit_into_a_call_is_told_from_their_mean_size() -> None:
+    assert line(("a", 2), ("a", 4), ("b", 6)).fitting(9) == 2
+    assert line(("a", 10)).fitting(9) == 1
+    assert line(("a", 0)).fitting(9) == 9
+
+
 def test_what_is_put_back_is_next_and_alone_where_it_must() -> None:
     waiting = line(("a", 1), ("b", 2), ("b", 3))
     first, second = waiting.take(2, 99)

@@ -16,15 +16,18 @@ from gateway.knee import Knee
 class Server:
     """Works on `workers` calls at once, the others wait; a call of eight pictures takes about `seconds`.
 
-    Of these, `fixed` is the part that a call takes whatever is in it.
+    Of these, `fixed` is the part that a call takes whatever is in it. After an answer it takes `turnaround` until the
+    next call is there.
     """
 
-    def __init__(self, workers: int, noise: float, seconds: float = 0.1, fixed: float = 0.0) -> None:
-        self.workers, self.seconds, self.fixed = workers, seconds, fixed
+    def __init__(
+        self, workers: int, noise: float, seconds: float = 0.1, fixed: float = 0.0, turnaround: float = 0.0
+    ) -> None:
+        self.workers, self.seconds, self.fixed, self.turnaround = workers, seconds, fixed, turnaround
         self._noise = noise
         self._random = random.Random(7)
-        self._waiting: deque[tuple[float, int, int]] = deque()
-        self._working: list[tuple[float, float, int, int]] = []
+        self._waiting: deque[tuple[float, int]] = deque()
+        self._working: list[tuple[float, float, int]] = []
         self._now = 0.0
 
     @property
@@ -32,25 +35,23 @@ class Server:
         """Calls of eight pictures a second."""
         return self.workers / (self.seconds * math.exp(self._noise**2 / 2))
 
-    def run(self, knee: Knee, calls: int, clients: int | None = None) -> tuple[float, float]:
+    def run(self, knee: Knee, calls: int, clients: int | None = None, most: int = 8) -> tuple[float, float]:
         """Keep it at the limit for so many calls: the mean limit, and pictures / 8 a second, of the last third.
 
-        Without `clients` each call has the eight pictures that it may have; with them, each call its share of theirs.
+        Without `clients` each call has the `most` pictures that it may have; with them, each call its share of theirs.
         """
         limits, done, began = [], 0.0, 0.0
         for number in range(calls):
             while len(self._waiting) + len(self._working) < knee.limit:
-                share = 8 if clients is None else math.ceil(clients / knee.limit)
-                pictures = knee.size(share, most=8)
-                there = pictures + sum(call[-2] for call in (*self._waiting, *self._working))
-                self._waiting.append((self._now, pictures, there))
+                share = most if clients is None else math.ceil(clients / knee.limit)
+                self._waiting.append((self._now + self.turnaround, knee.size(share, most)))
             while self._waiting and len(self._working) < self.workers:
-                sent, pictures, there = self._waiting.popleft()
+                sent, pictures = self._waiting.popleft()
                 usual = self.seconds * (self.fixed + (1 - self.fixed) * pictures / 8)
                 takes = usual * self._random.lognormvariate(0, self._noise)
-                heapq.heappush(self._working, (self._now + takes, sent, pictures, there))
-            self._now, sent, pictures, there = heapq.heappop(self._working)
-            knee.observe(self._now - sent, pictures, there)
+                heapq.heappush(self._working, (max(self._now, sent) + takes, sent, pictures))
+            self._now, sent, pictures = heapq.heappop(self._working)
+            knee.observe(self._now, self._now - sent, pictures)
             if number < calls * 2 // 3:
                 began = self._now
             else:
@@ -105,6 +106,18 @@ def test_the_limit_settles_again_where_more_clients_make_the_calls_larger() -> N
     limit, rate = server.run(knee, 3000)
     assert limit <= 8 * 1.3 + 3
     assert rate >= 0.8 * server.capacity
+
+
+def test_calls_of_one_picture_are_made_at_once_as_any_others() -> None:
+    limit, rate = (server := Server(8, noise=0.1)).run(Knee(), 3000, clients=64, most=1)
+    assert 7 < limit <= 8 * 1.3 + 3
+    assert rate >= 0.8 * server.capacity
+
+
+def test_a_third_call_is_worth_it_where_two_are_late_to_come_back() -> None:
+    """The workers have nothing to do for a fifth of the time, though no call takes longer for that."""
+    limit, _ = Server(2, noise=0.1, turnaround=0.025).run(Knee(), 6000, clients=16)
+    assert limit > 2.9
 
 
 @pytest.mark.parametrize("clients", [16, 64])
