@@ -232,6 +232,28 @@ def test_a_model_that_cannot_load_is_named_with_its_reason(repository: Path) -> 
     assert "\n" not in str(caught.value)
 
 
+class Crashing(TritonServer):
+    """One that crashes so many times before it runs, as Triton does too seldom to be waited for."""
+
+    crashes = 0
+
+    def command(self, server: Path, backends: Path) -> list[str]:
+        self.crashes -= 1
+        return ["sh", "-c", "kill -ABRT $$"] if self.crashes >= 0 else super().command(server, backends)
+
+
+def test_a_crash_at_the_start_is_tried_again_but_once(
+    pristine: Path, release: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Crashing, "crashes", 1)
+    with Crashing(pristine, free_endpoint()) as server:
+        assert server.wait_until_ready() == [release]
+    assert "crashed while starting" in capsys.readouterr().err
+    monkeypatch.setattr(Crashing, "crashes", 2)
+    with Crashing(pristine, free_endpoint()) as server, pytest.raises(TritonFailed, match="status -6"):
+        server.wait_until_ready()
+
+
 # ---- how it ends ----
 
 

@@ -33,6 +33,7 @@ from triton_runtime.installation import (
     port_from_environment,
 )
 
+_CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
 RESTRICTED = "shared-memory,trace,logging"
 """Groups of Triton's API that nothing here uses, and that would let whoever reaches its ports make it write files, say
 less, or map memory. They are locked with a key that is thrown away. Loading and unloading needs no lock: while it polls
@@ -114,6 +115,13 @@ class TritonServer:
         self._prefix = f"triton_{os.getpid()}_{time.monotonic_ns()}_"
 
     def __enter__(self) -> Self:
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _start(self) -> None:
         installation = Installation.find()
         if not self.releases():
             raise Missing(f"{self.repository} holds no release: run 'make export'")
@@ -132,10 +140,6 @@ class TritonServer:
             start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on once
             preexec_fn=die_with_parent,
         )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
     def command(self, server: Path, backends: Path) -> list[str]:
         """The server's command line."""
@@ -173,14 +177,23 @@ class TritonServer:
     def wait_until_ready(self, timeout: float = 120.0) -> list[str]:
         """Wait until the newest release of each pipeline answers; return their names.
 
+        Triton 24.10 crashes at a start now and then, seldom, when a lock of its shared memory fails
+        (`boost::interprocess::lock_exception`). It is started anew then, once.
+
         Raises:
             TritonFailed: Triton ended or the time is over; the message holds each model's own reason.
         """
         deadline = time.monotonic() + timeout
         waiting = self.releases()
+        has_crashed = False
         while waiting:
-            if self.process.poll() is not None:
-                raise TritonFailed(f"Triton ended with status {self.process.returncode} while starting: see its log")
+            if (status := self.process.poll()) is not None:
+                if has_crashed or -status not in _CRASHES:
+                    raise TritonFailed(f"Triton ended with status {status} while starting: see its log")
+                print("triton: crashed while starting, and is started anew", file=sys.stderr)
+                has_crashed = True
+                self.stop()
+                self._start()
             waiting = [name for name in waiting if not self._ready(name)]
             if waiting and (reasons := self._failures(settled=True)):
                 raise TritonFailed(f"{', '.join(waiting)} cannot be served: {reasons}")
