@@ -151,7 +151,11 @@ class Knee:
     def _decide(self) -> None:
         slowdown, each = (statistics.median(values) for values in zip(*self._window, strict=True))
         self._window.clear()
-        if self.limit > _FEWEST:
+        if self.limit == _FEWEST:  # this is what is usual
+            drift, drift_of_each = 1 + _RECENT * (slowdown - 1), 1 + _RECENT * (each - 1)
+            self._of_call, self._of_picture = drift * self._of_call, drift * self._of_picture
+            self._cycle *= drift_of_each / drift
+        else:
             self._each += _RECENT * (each - self._each)
             if self._each > 1 / (1 + _WORTH):
                 self._has_enough, self._limit = True, float(_FEWEST)
