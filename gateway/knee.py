@@ -55,12 +55,10 @@ class Knee:
         self._is_learning = True
         self._latest: deque[tuple[float, int]] = deque()
         """When the latest calls were answered, and their pictures: as many as there are at once."""
-        self._learnt: list[tuple[int, float]] = []
-        """Pictures and seconds of calls beside few others."""
-        self._cycles: list[float] = []
-        """For each of these: from one answer to the next that the same place among the calls at once has, in calls."""
+        self._learnt: list[tuple[int, float, float]] = []
+        """Of calls beside few others: pictures, seconds, and their cycle."""
         self._cycle = 1.0
-        """The same, as found."""
+        """From one answer to the next that the same place among the calls at once has, in seconds that a call takes."""
         self._of_call, self._of_picture = 0.0, 0.0
         """Seconds that a call takes beside few others: these, and for each picture these."""
         self._most = 1
@@ -100,13 +98,12 @@ class Knee:
             return
         cycle, there = now - before, sum(pictures for _, pictures in self._latest)
         if self._is_learning:
-            self._learnt.append((pictures, seconds))
-            self._cycles.append(cycle / seconds)
+            self._learnt.append((pictures, seconds, cycle / seconds))
             if len(self._learnt) >= _SAMPLES:
                 self._conclude()
             return
         of_fewest = min(self._most, there / _FEWEST)
-        if of_fewest > _LARGER * max(size for size, _ in self._learnt):
+        if of_fewest > _LARGER * max(size for size, *_ in self._learnt):
             self._learn_anew()
             return
         of_picture = self._usual(of_fewest) * self._cycle / (_FEWEST * of_fewest)
@@ -129,11 +126,11 @@ class Knee:
     def _conclude(self) -> None:
         """Draw the line through what was learnt, with the same weight for each call but none for outliers."""
         self._is_learning = self._has_enough = False
+        sizes, _, cycles = zip(*self._learnt, strict=True)
         usual = {
-            size: statistics.median(seconds for pictures, seconds in self._learnt if pictures == size)
-            for size, _ in self._learnt
+            size: statistics.median(seconds for pictures, seconds, _ in self._learnt if pictures == size)
+            for size in sizes
         }
-        sizes = [size for size, _ in self._learnt]
         middle, mean = statistics.fmean(sizes), statistics.fmean(usual[size] for size in sizes)
         of_picture = 0.0
         if len(usual) > 1:
@@ -146,7 +143,7 @@ class Knee:
         else:
             self._renew_after = _RENEW_AFTER[0]
         self._of_call, self._of_picture = of_call, of_picture
-        self._cycle = statistics.median(self._cycles)
+        self._cycle = statistics.median(cycles)
 
     def _decide(self) -> None:
         slowdown, each = (statistics.median(values) for values in zip(*self._window, strict=True))
@@ -183,6 +180,5 @@ class Knee:
         self._is_learning = True
         self._each = _HOPE
         self._learnt.clear()
-        self._cycles.clear()
         self._window.clear()
         self._calls = -int(self._limit)
