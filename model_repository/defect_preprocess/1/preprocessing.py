@@ -57,6 +57,7 @@ Image.init()  # register the plugins now, so that the first request does not pay
 
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"BM", b"GIF8", b"II*\x00", b"MM\x00*")
 _START_OF_SCAN, _END_OF_PICTURE = b"\xda", b"\xd9"
+_SCAN = np.frombuffer(b"\xff" + _START_OF_SCAN, np.uint16)[0]
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 """Of a JPEG, the next one; in the compressed data of a scan only stuffed zeros and restarts follow an 0xFF."""
 _ORIENTATION = 0x0112
@@ -130,10 +131,16 @@ def _open(data: bytes) -> Image.Image:
     if width * height > MAX_PIXELS:
         raise PictureError("image_too_large", f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
     most = min(MAX_SCANS, MAX_SCANNED // (width * height))
-    # Counting bytes is a thousand times faster than reading markers, and can only count too many.
-    if picture.format in ("JPEG", "MPO") and data.count(b"\xff" + _START_OF_SCAN) > most and _scans(data, most) > most:
+    if picture.format in ("JPEG", "MPO") and _most_scans(data) > most and _scans(data, most) > most:
         raise PictureError("image_too_large", f"{width} x {height} in more than {most} scans")
     return picture
+
+
+def _most_scans(data: bytes) -> int:
+    """Scans of a JPEG file, and what only looks like one: found without reading the file, a thousand times as fast."""
+    # At even and at odd places, as numbers of two bytes; `bytes.count` would take a twelfth of the time of decoding.
+    pairs = [np.frombuffer(data, np.uint16, (len(data) - first) // 2, first) for first in (0, 1)]
+    return sum(int(np.count_nonzero(each == _SCAN)) for each in pairs)
 
 
 def _scans(data: bytes, most: int) -> int:
