@@ -71,7 +71,9 @@ class Bounded:
         self._departure: Departure = request.scope["state"][DEPARTURE]
         self._seconds, self._late = seconds, late
         self._timer: asyncio.TimerHandle | None = None
-        self._failure: Failure | None = None
+        self._why: Callable[[], Failure] | None = None
+        """Makes the failure that the block ended with. A failure kept here would be part of a circle: with it comes
+        where it was raised, with the variables there, and so the picture."""
 
     def __enter__(self) -> None:
         """Begin the block."""
@@ -91,19 +93,19 @@ class Bounded:
         self._departure.then = None
         if self._timer is not None:
             self._timer.cancel()
-        if self._failure is not None and kind is asyncio.CancelledError and not self._task.uncancel():
-            raise self._failure from None
+        if self._why is not None and kind is asyncio.CancelledError and not self._task.uncancel():
+            raise self._why() from None
 
     def _on_departure(self) -> None:
-        self._end(_gone())
+        self._end(_gone)
 
     def _on_time(self) -> None:
         assert self._late is not None
-        self._end(self._late())
+        self._end(self._late)
 
-    def _end(self, failure: Failure) -> None:
-        if self._failure is None:
-            self._failure = failure
+    def _end(self, why: Callable[[], Failure]) -> None:
+        if self._why is None:
+            self._why = why
             self._task.cancel()
 
 

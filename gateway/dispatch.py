@@ -234,6 +234,10 @@ class Dispatcher:
             raise
         finally:
             alarm.cancel()
+            # Else there are circles, which keep the picture in memory: a call has its group, and an error the variables
+            # of where it was raised.
+            waiting.call = None
+            del waiting
         if time.monotonic() > deadline:  # it came while the process was busy, and before its alarm
             raise _over()
         return ran
@@ -315,6 +319,7 @@ class Dispatcher:
                 _fail(waiting, error)
 
     def _ended(self, lane: Lane, call: Call, task: asyncio.Task[None]) -> None:
+        call.task = None  # else another circle: where it was cancelled, the call is one of the variables
         if task.cancelled() and call.is_lost:
             self._again(lane, call, TritonError(grpc.StatusCode.UNAVAILABLE, "its server was given up"))
         elif task.cancelled():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import random
+import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
@@ -223,6 +225,44 @@ def test_whenever_requests_are_abandoned_nothing_is_left_over(lab: Callable[...,
         assert not (await lab.ask(jpeg)).error
 
     lab(work)
+
+
+@pytest.mark.parametrize(
+    ("settings", "within", "stay", "ends"),
+    [
+        ({}, 60, 60, ["answered"]),
+        ({"max_waiting": 5}, 60, 60, ["answered", "overloaded"]),
+        ({}, 0.05, 60, ["deadline_exceeded"]),
+        ({}, 60, 0.05, ["abandoned"]),
+    ],
+    ids=["answered", "refused", "late", "abandoned"],
+)
+def test_a_picture_is_let_go_of_with_its_request(
+    lab: Callable[..., None], jpeg: bytes, settings: dict[str, int], within: float, stay: float, ends: list[str]
+) -> None:
+    """At once, and not when Python looks for circles: that takes hundreds of requests, of megabytes each."""
+
+    async def work(lab: Lab) -> None:
+        async def ask() -> str:
+            task = asyncio.create_task(outcome(lab.ask(jpeg, within=within)))
+            await asyncio.wait({task}, timeout=stay)
+            if task.cancel():
+                return "abandoned"
+            answer = task.result()
+            return answer if isinstance(answer, str) else "answered"
+
+        before = sys.getrefcount(jpeg)
+        seen = set(await asyncio.gather(*(ask() for _ in range(60))))
+        await lab.rest()
+        await asyncio.sleep(0)
+        assert seen.issuperset(ends)
+        assert sys.getrefcount(jpeg) == before
+
+    gc.disable()
+    try:
+        lab(work, **settings)
+    finally:
+        gc.enable()
 
 
 def test_a_deadline_ends_the_work_in_triton_too(lab: Callable[..., None], jpeg: bytes) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import shutil
 import socket
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
+from starlette.requests import Request
 
-from gateway.budget import HEADER
+from gateway.budget import DEPARTURE, HEADER, Bounded, Departure
+from gateway.errors import Failure
 from perf.generator import Generator
 from perf.overload import share_kept
 from tests.conftest import EXAMPLES, GatewayProcess, wait_for
@@ -82,6 +87,38 @@ def test_clients_that_leave_cost_triton_nothing(gateway: GatewayProcess, triton:
     wait_for(lambda: is_at_rest(gateway))
     assert inferred(triton, "classifier") - before < 60
     assert '"code": "client_gone"' in gateway.log.read_text()
+
+
+@pytest.mark.parametrize("ending", ["client_gone", "deadline_exceeded"])
+def test_work_that_was_ended_leaves_nothing_in_memory(ending: str) -> None:
+    """At once, as in `test_a_picture_is_let_go_of_with_its_request`."""
+    departure = Departure()
+    request = Request({"type": "http", "state": {DEPARTURE: departure}})
+    there: weakref.ref[Departure] | None = None
+
+    async def work() -> None:
+        nonlocal there
+        picture = Departure()  # anything that can be watched
+        there = weakref.ref(picture)
+        with Bounded(request, 0.05 if ending == "deadline_exceeded" else None, lambda: Failure(ending, "late")):
+            asyncio.get_running_loop().call_later(0.1, departure.happen)
+            await asyncio.sleep(60)
+
+    async def main() -> None:
+        code = ""
+        try:
+            await work()
+        except Failure as failure:
+            code = failure.code
+        assert code == ending
+        await asyncio.sleep(0)  # asyncio itself keeps what it woke the task with until the task waits again
+        assert there is not None and there() is None
+
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(scope="module")
