@@ -138,10 +138,15 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """A request is complete."""
+        """A request is complete. Its answer has a reader as long as the connection is there, so that is watched.
+
+        Uvicorn stops reading at a large piece of a body until more of it is asked for: never, after the last one.
+        """
         self._has_begun, self._in_head, self._idle_bytes = False, True, 0
         self._stop_timer()
         super().on_message_complete()
+        if not self.pipeline:
+            self.flow.resume_reading()
 
     # ---- called by uvicorn ----
 

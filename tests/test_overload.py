@@ -76,7 +76,11 @@ def test_server_timing_adds_up(client: httpx.Client, jpeg: bytes) -> None:
     assert sum(parts.values()) - parts["total"] == pytest.approx(parts["total"], abs=0.1)
 
 
-def test_clients_that_leave_cost_triton_nothing(gateway: GatewayProcess, triton: Endpoint, jpeg: bytes) -> None:
+@pytest.mark.parametrize("more", [0, 400_000], ids=["small", "large"])
+def test_clients_that_leave_cost_triton_nothing(
+    gateway: GatewayProcess, triton: Endpoint, jpeg: bytes, more: int
+) -> None:
+    jpeg += bytes(more)  # which belongs to no picture, and harms none
     wait_for(lambda: is_at_rest(gateway))
     before = inferred(triton, "classifier")
     connections = [socket.create_connection(("127.0.0.1", gateway.port), timeout=30) for _ in range(100)]
