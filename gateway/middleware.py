@@ -82,8 +82,8 @@ class RequestContext:
             await send(message)
 
         def refuse_if_broken() -> None:
-            if refusal := state.get(REFUSAL):
-                raise refusal
+            if REFUSAL in state:  # taken out: kept there, it would be part of a circle, as in `budget.Bounded`
+                raise state.pop(REFUSAL)
 
         async def receive_unless_broken() -> Message:
             message = await receive()

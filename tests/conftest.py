@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -88,6 +89,14 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "model_repository", root)
     assert export_main(["--repository", str(root)]) == 0
     return root
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    """Only what nothing refers to is freed, at once: circles stay."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

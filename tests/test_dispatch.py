@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import random
 import sys
 import time
@@ -237,6 +236,7 @@ def test_whenever_requests_are_abandoned_nothing_is_left_over(lab: Callable[...,
     ],
     ids=["answered", "refused", "late", "abandoned"],
 )
+@pytest.mark.usefixtures("without_collector")
 def test_a_picture_is_let_go_of_with_its_request(
     lab: Callable[..., None], jpeg: bytes, settings: dict[str, int], within: float, stay: float, ends: list[str]
 ) -> None:
@@ -258,11 +258,7 @@ def test_a_picture_is_let_go_of_with_its_request(
         assert seen.issuperset(ends)
         assert sys.getrefcount(jpeg) == before
 
-    gc.disable()
-    try:
-        lab(work, **settings)
-    finally:
-        gc.enable()
+    lab(work, **settings)
 
 
 def test_a_deadline_ends_the_work_in_triton_too(lab: Callable[..., None], jpeg: bytes) -> None:

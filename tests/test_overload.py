@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import shutil
 import socket
 import time
@@ -15,9 +14,12 @@ from pathlib import Path
 import httpx
 import pytest
 from starlette.requests import Request
+from starlette.types import Message, Receive, Scope, Send
 
 from gateway.budget import DEPARTURE, HEADER, Bounded, Departure
 from gateway.errors import Failure
+from gateway.metrics import Metrics
+from gateway.middleware import REFUSAL, RequestContext
 from perf.generator import Generator
 from perf.overload import share_kept
 from tests.conftest import EXAMPLES, GatewayProcess, wait_for
@@ -93,6 +95,7 @@ def test_clients_that_leave_cost_triton_nothing(
     assert '"code": "client_gone"' in gateway.log.read_text()
 
 
+@pytest.mark.usefixtures("without_collector")
 @pytest.mark.parametrize("ending", ["client_gone", "deadline_exceeded"])
 def test_work_that_was_ended_leaves_nothing_in_memory(ending: str) -> None:
     """At once, as in `test_a_picture_is_let_go_of_with_its_request`."""
@@ -118,11 +121,32 @@ def test_work_that_was_ended_leaves_nothing_in_memory(ending: str) -> None:
         await asyncio.sleep(0)  # asyncio itself keeps what it woke the task with until the task waits again
         assert there is not None and there() is None
 
-    gc.disable()
-    try:
-        asyncio.run(main())
-    finally:
-        gc.enable()
+    asyncio.run(main())
+
+
+@pytest.mark.usefixtures("without_collector")
+def test_a_body_that_breaks_off_leaves_nothing_in_memory() -> None:
+    """Likewise."""
+    scope: Scope = {"type": "http", "method": "POST", "path": "/", "scheme": "http", "headers": [], "state": {}}
+    there: weakref.ref[Departure] | None = None
+    sent: list[Message] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal there
+        chunk = Departure()  # anything that can be watched
+        there = weakref.ref(chunk)
+        await receive()
+
+    async def receive() -> Message:
+        scope["state"][REFUSAL] = Failure("malformed_request", "the body has no end")
+        return {"type": "http.request", "body": b"", "more_body": True}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    asyncio.run(RequestContext(app, Metrics())(scope, receive, send))
+    assert sent[0]["status"] == 400
+    assert there is not None and there() is None
 
 
 @pytest.fixture(scope="module")
