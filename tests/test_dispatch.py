@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import struct
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -21,7 +22,7 @@ from gateway.fleet import Fleet, Replica
 from gateway.line import Line, Ran, Waiting
 from gateway.metrics import Metrics
 from gateway.settings import Settings
-from gateway.triton import Inference, TritonError
+from gateway.triton import Inference, TritonError, encode, pb
 from tests.test_preprocessing import bad_pictures
 from triton_runtime.server import Endpoint
 
@@ -126,6 +127,15 @@ def test_a_group_that_fails_is_split(lab: Callable[..., None], jpeg: bytes) -> N
         assert "gateway_retries_total 0.0" not in lab.metrics.page().decode()
 
     lab(work, group=64)
+
+
+@pytest.mark.parametrize("sizes", [(0,), (1,), (123,), (124,), (16379,), (16380,), (3_200_000,), (0, 5, 40_000, 300)])
+def test_a_request_made_by_hand_is_what_protobuf_makes(sizes: tuple[int, ...]) -> None:
+    pictures = [random.randbytes(size) for size in sizes]
+    request = pb.ModelInferRequest(model_name="defect-v1", id="one,two")
+    request.inputs.add(name="IMAGE", datatype="BYTES", shape=[len(pictures), 1])
+    request.raw_input_contents.append(b"".join(struct.pack("<I", len(picture)) + picture for picture in pictures))
+    assert encode("defect-v1", pictures, "one,two") == request.SerializeToString()
 
 
 @pytest.mark.parametrize(
