@@ -35,10 +35,13 @@ _HOPE = 1 / (1 + 2 * _WORTH)
 _SAMPLES = 24
 """Calls that a median is taken of."""
 _RENEW_AFTER = (100, 1600)
-"""After so many times `limit` calls it learns anew, with few calls at once: the machine may have changed. The first,
-and twice as many each time that it finds what it knew, up to the second. With the fewest calls it is always the first:
-there it costs nothing, and there a machine that is slower now would keep it. Where more were not worth it, it is the
-second: trying them costs the slowest answers."""
+"""After so many times `limit` calls it learns anew, with few calls at once: the machine may have changed, or what it
+learnt was not exact. The first, and twice as many each time that it finds what it knew, up to the second. With the
+fewest calls it is always the first, as there it costs nothing, and there a machine that is slower now would keep it;
+unless more were not worth it: trying them costs the slowest answers."""
+_STALE_AFTER = 10 * _SAMPLES
+"""After so many calls what was learnt does not prove any more that more calls than the fewest are not worth it: the
+machine may have become slower meanwhile, so it learns anew before it says so."""
 _SAME = 0.1
 """So little apart are two findings that are the same."""
 _LARGER = 1.5
@@ -155,12 +158,14 @@ class Knee:
         else:
             self._each += _RECENT * (each - self._each)
             if self._each > 1 / (1 + _WORTH):
+                if self._calls > _STALE_AFTER:
+                    self._learn_anew()
+                    return
                 self._has_enough, self._limit = True, float(_FEWEST)
         if not self._has_enough:
             self._move(max(1.0, slowdown))
-        renew_after = self._renew_after
-        if self.limit == _FEWEST:
-            renew_after = _RENEW_AFTER[self._has_enough]
+        costs_nothing = self.limit == _FEWEST and not self._has_enough
+        renew_after = _RENEW_AFTER[0] if costs_nothing else self._renew_after
         if self._calls > renew_after * self._limit:
             self._learn_anew()
 

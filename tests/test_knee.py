@@ -21,11 +21,17 @@ class Server:
     """
 
     def __init__(
-        self, workers: int, noise: float, seconds: float = 0.1, fixed: float = 0.0, turnaround: float = 0.0
+        self,
+        workers: int,
+        noise: float,
+        seconds: float = 0.1,
+        fixed: float = 0.0,
+        turnaround: float = 0.0,
+        seed: int = 7,
     ) -> None:
         self.workers, self.seconds, self.fixed, self.turnaround = workers, seconds, fixed, turnaround
         self._noise = noise
-        self._random = random.Random(7)
+        self._random = random.Random(seed)
         self._waiting: deque[tuple[float, int]] = deque()
         self._working: list[tuple[float, float, int]] = []
         self._now = 0.0
@@ -118,6 +124,16 @@ def test_a_third_call_is_worth_it_where_two_are_late_to_come_back() -> None:
     """The workers have nothing to do for a fifth of the time, though no call takes longer for that."""
     limit, _ = Server(2, noise=0.1, turnaround=0.025).run(Knee(), 6000, clients=16)
     assert limit > 2.9
+
+
+def test_a_third_call_that_is_worth_little_is_kept_as_a_rule() -> None:
+    """It brings a fourteenth, and calls differ by more: one look that says otherwise must not count for long."""
+    limits = []
+    for seed in range(10):
+        knee, server = Knee(), Server(2, noise=0.15, turnaround=0.008, seed=seed)
+        server.run(knee, 500, clients=16)
+        limits += [server.run(knee, 30, clients=16)[0] for _ in range(200)]
+    assert statistics.fmean(limits) > 2.8
 
 
 @pytest.mark.parametrize("clients", [16, 64])
