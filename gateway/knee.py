@@ -36,7 +36,7 @@ _SAMPLES = 24
 """Calls that a median is taken of."""
 _RENEW_AFTER = (100, 1600)
 """After so many times `limit` calls it learns anew, with few calls at once: the machine may have changed, or what it
-learnt was not exact. The first, and twice as many each time that it finds what it knew, up to the second. With the
+learnt was not exact. The first, and four times as many each time that it finds what it knew, up to the second. With the
 fewest calls it is always the first, as there it costs nothing, and there a machine that is slower now would keep it;
 unless more were not worth it: trying them costs the slowest answers."""
 _STALE_AFTER = 10 * _SAMPLES
@@ -142,7 +142,7 @@ class Knee:
         of_call = mean - of_picture * middle
         if abs(self._usual(middle) - mean) <= _SAME * mean:
             of_call, of_picture = (of_call + self._of_call) / 2, (of_picture + self._of_picture) / 2
-            self._renew_after = min(2 * self._renew_after, _RENEW_AFTER[1])
+            self._renew_after = min(4 * self._renew_after, _RENEW_AFTER[1])
         else:
             self._renew_after = _RENEW_AFTER[0]
         self._of_call, self._of_picture = of_call, of_picture
