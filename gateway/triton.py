@@ -98,9 +98,9 @@ class TritonClient:
     def __init__(self, url: str) -> None:
         self._channel = grpc.aio.insecure_channel(url, options=_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        # The stub's method of that name, but without a serializer: the request is bytes already (`encode`).
         self._infer = self._channel.unary_unary(
-            "/inference.GRPCInferenceService/ModelInfer",
-            response_deserializer=pb.ModelInferResponse.FromString,  # of a request that is bytes already: `encode`
+            "/inference.GRPCInferenceService/ModelInfer", response_deserializer=pb.ModelInferResponse.FromString
         )
 
     async def close(self) -> None:
@@ -153,8 +153,8 @@ def encode(release: str, pictures: Sequence[bytes], request_id: str) -> bytes:
     """
     request = pb.ModelInferRequest(model_name=release, id=request_id)
     request.inputs.add(name=contract.IMAGE, datatype="BYTES", shape=[len(pictures), 1])
-    size = sum(4 + len(picture) for picture in pictures)
-    elements = (part for picture in pictures for part in (struct.pack("<I", len(picture)), picture))
+    elements = [part for picture in pictures for part in (struct.pack("<I", len(picture)), picture)]
+    size = sum(map(len, elements))
     return b"".join((request.SerializeToString(), _RAW_INPUT, _varint(size), *elements))
 
 

@@ -132,10 +132,10 @@ def test_a_group_that_fails_is_split(lab: Callable[..., None], jpeg: bytes) -> N
 @pytest.mark.parametrize("sizes", [(0,), (1,), (123,), (124,), (16379,), (16380,), (3_200_000,), (0, 5, 40_000, 300)])
 def test_a_request_made_by_hand_is_what_protobuf_makes(sizes: tuple[int, ...]) -> None:
     pictures = [random.randbytes(size) for size in sizes]
-    request = pb.ModelInferRequest(model_name="defect-v1", id="one,two")
+    request = pb.ModelInferRequest(model_name=RELEASE, id="one,two")
     request.inputs.add(name="IMAGE", datatype="BYTES", shape=[len(pictures), 1])
     request.raw_input_contents.append(b"".join(struct.pack("<I", len(picture)) + picture for picture in pictures))
-    assert encode("defect-v1", pictures, "one,two") == request.SerializeToString()
+    assert encode(RELEASE, pictures, "one,two") == request.SerializeToString()
 
 
 @pytest.mark.parametrize(
