@@ -1,26 +1,25 @@
 """A release may answer only after it answered its golden pictures here, on this server, as its export recorded.
 
-Runs beside everything else, one release at a time, newest first. The replays are no requests of users: they appear
+Runs beside everything else. The replays are no requests of users: they appear
 in no log line and no metric.
 """
 
 from __future__ import annotations
 
-import logging
+import asyncio
 
 import grpc
 
 from contract import Manifest
 from gateway.errors import Failure
-from gateway.releases import Releases
+from gateway.releases import Known, Releases
+from gateway.supervision import failed
 from gateway.triton import Inference, MalformedAnswer, TritonClient, TritonError
 from gateway.verification import verify
 
 _ATTEMPTS = 4
 _PATIENCE_S = 5.0
 """For one picture: as long as a busy server may need, so that load cannot keep a new release out."""
-
-logger = logging.getLogger("gateway.activation")
 
 
 async def replay(triton: TritonClient, release: Manifest) -> str:
@@ -56,16 +55,18 @@ async def _ask(triton: TritonClient, release: str, picture: bytes) -> Inference:
 
 
 async def follow(triton: TritonClient, releases: Releases) -> None:
-    """Try what has not been tried, after each refresh, for ever."""
-    while True:
-        await releases.refreshed.wait()
-        releases.refreshed.clear()
-        for release in releases.untried():
-            if release.manifest is None:
-                continue
-            try:
-                releases.judge(release, await replay(triton, release.manifest))
-            except TritonError as error:
-                releases.postpone(release, str(error))
-            except Exception:
-                logger.exception("trying a release failed", extra={"fields": {"release": release.name}})
+    """Try what has not been tried, after the next refresh; one release that hangs holds up no other."""
+    await releases.refreshed.wait()
+    releases.refreshed.clear()
+    await asyncio.gather(*(_try(triton, releases, release) for release in releases.untried()))
+
+
+async def _try(triton: TritonClient, releases: Releases, release: Known) -> None:
+    if release.manifest is None:
+        return
+    try:
+        releases.judge(release, await replay(triton, release.manifest))
+    except TritonError as error:
+        releases.postpone(release, str(error))
+    except Exception:
+        failed(f"try {release.name}")

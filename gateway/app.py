@@ -189,9 +189,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
     )
     @app.get("/health", include_in_schema=False)
     async def ready() -> schemas.Health:
-        release = service.router.stable()
-        # Triton's own readiness stays false after any failed load: only the release counts.
-        await service.fleet.require_ready(release.name)
+        release = await service.ready()
         return schemas.Health(model_version=release.name, triton=service.releases.triton_version)
 
     @app.get("/version", summary="Everything that has a version", operation_id="version")

@@ -1,11 +1,13 @@
 """From requests to calls: who waits, who goes together, to which Triton, and what happens when a call fails.
 
-Each release has a lane of its own, so that one that hangs holds up nobody but those who asked for it. In a lane each
-replica gets as many calls at once as its knee allows. While there is room a request goes at once; the others wait
-here, where an abandoned one costs nothing, and those that wait together share a call: what Triton and gRPC cost is
-paid by call, not by picture. A request is refused on arrival where it would be answered too late.
+Each release has a lane of its own, with room to wait and retries of its own, so that one that hangs or fails holds up
+nobody but those who asked for it. In a lane each replica gets as many calls at once as its knee allows. While there is
+room a request goes at once; the others wait here, where an abandoned one costs nothing, and those that wait together
+share a call: what Triton and gRPC cost is paid by call, not by picture. A request is refused on arrival where it would
+be answered too late.
 
-Inference has no effects, so a call that failed because of a server is made again, within the deadline and a budget.
+Inference has no effects, so a call that failed is made again within the deadline: as often as it takes where a server
+was lost with it, within a budget where it failed otherwise, and hardly at all where its picture may be the cause.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import logging
 import math
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,10 +28,13 @@ from gateway.fleet import Fleet, Replica
 from gateway.knee import Knee
 from gateway.line import Line, Ran, Waiting
 from gateway.metrics import Metrics
+from gateway.poison import GUILTY, SUSPECT, Deaths, Remembered
 from gateway.settings import Settings
 from gateway.triton import MalformedAnswer, TritonError
 
 _ATTEMPTS = 4
+_FREE_ATTEMPTS = 16
+"""Of what failed with a server, or with one of its processes: where one of two died, every other call finds it dead."""
 _RETRIES_SAVED = 100.0
 _RETRIES_EARNED = 0.1
 """Retries are a tenth of the answers at most, so that a failing server is not buried under them; some are saved up."""
@@ -54,6 +60,7 @@ class Call:
     """There was no room when the first of them came."""
     sent: float = field(default_factory=time.monotonic)
     task: asyncio.Task[None] | None = None
+    is_of_suspect: bool = False
     is_lost: bool = False
     """Cancelled because of its replica: its pictures go to another one."""
     is_given_up: bool = False
@@ -81,6 +88,8 @@ class Lane:
         """The same, for each of its pictures."""
         self.alarm: asyncio.TimerHandle | None = None
         """When a call that waits for more pictures goes, however many there are."""
+        self.retries = _RETRIES_SAVED
+        """Pictures that may be sent again now."""
 
     def begin(self, call: Call) -> None:
         """A call is on its way."""
@@ -97,6 +106,11 @@ class Lane:
         self._in_calls -= len(call.group)
         if not self.calls and not self.line:
             self._crowd = 0.0
+
+    @property
+    def tries_suspect(self) -> bool:
+        """Whether a picture is on its way that may end the process which works on it."""
+        return any(call.is_of_suspect for call in self.calls)
 
     def room(self, replica: Replica) -> int:
         """How many more calls a replica may get."""
@@ -164,7 +178,8 @@ class Dispatcher:
         self._settings = settings
         self._metrics = metrics
         self._lanes: dict[str, Lane] = {}
-        self._retries = _RETRIES_SAVED
+        self._deaths = Deaths()
+        self._poison = Remembered()
         fleet.on_change(self._changed)
 
     @property
@@ -194,17 +209,37 @@ class Dispatcher:
         if lane is None or not lane.line:
             return
         expected = lane.expected(client, self._fleet.available())
-        if self._is_full(1) and lane.line.last_of_longer(client) is None:
-            raise Failure("overloaded", f"{self.waiting} requests wait already", retry_after=expected)
+        if self._is_full(lane, 1) and lane.line.last_of_longer(client) is None:
+            raise Failure("overloaded", f"{len(lane.line)} requests wait for {release} already", retry_after=expected)
         if expected * _CAUTION > left:
             raise _too_late(expected, left)
 
-    def _is_full(self, more: int = 0) -> bool:
-        size = sum(lane.line.bytes for lane in self._lanes.values())
-        return self.waiting + more > self._settings.max_waiting or size > self._settings.max_waiting_bytes
+    def _is_full(self, lane: Lane, more: int = 0) -> bool:
+        """Whether a release has no room left: each has its own for requests; that for bytes goes to who has less."""
+        is_largest = lane is max(self._lanes.values(), key=lambda each: each.line.bytes)
+        return len(lane.line) + more > self._settings.max_waiting or (is_largest and self._are_too_large())
 
-    async def infer(self, release: str, picture: bytes, request_id: str, client: str, deadline: float) -> Ran:
+    def _are_too_large(self) -> bool:
+        return sum(lane.line.bytes for lane in self._lanes.values()) > self._settings.max_waiting_bytes
+
+    def _make_room(self, lane: Lane, client: str) -> None:
+        """Let others go where one came for whom there is no room: of another release, or of another client."""
+        while self._are_too_large():
+            largest = max(self._lanes.values(), key=lambda each: each.line.bytes)
+            if largest is lane or (other := largest.line.last()) is None:
+                break
+            largest.line.remove(other)
+            _fail(other, Failure("overloaded", "another release's turn came first", retry_after=largest.call_s))
+        while self._is_full(lane) and (other := lane.line.last_of_longer(client)):
+            lane.line.remove(other)
+            _fail(other, Failure("overloaded", "another client's turn came first", retry_after=lane.call_s))
+
+    async def infer(
+        self, release: str, picture: bytes, request_id: str, client: str, deadline: float, has_other: bool = False
+    ) -> Ran:
         """Run one picture through a release, together with others where they wait together.
+
+        `has_other`: the caller would ask another release, so this one is not waited for while it is down.
 
         Cancelled, or at the deadline, it is given up: it leaves the line, or its call, which is cancelled with the
         last of its pictures.
@@ -212,17 +247,17 @@ class Dispatcher:
         Raises:
             TritonError: no replica could do it.
             MalformedAnswer: the outputs are not those of a release.
-            Failure: overloaded, deadline_exceeded.
+            Failure: overloaded, deadline_exceeded, image_crashes_server.
         """
         self._fleet.having(release)  # refuses at once what would only wait for a server that is gone
+        if (manifest := self._fleet.manifest(release)) and self._poison.has(picture, manifest):
+            raise _poison(f"it is not sent to {release} again for a while")
         self.require_room(release, client, deadline)
         lane = self._lanes.setdefault(release, Lane(release))
-        waiting = Waiting(picture, request_id, client, deadline)
+        waiting = Waiting(picture, request_id, client, deadline, has_other=has_other)
         lane.join(waiting)
         self._pump(lane)
-        while self._is_full() and (other := lane.line.last_of_longer(client)):
-            lane.line.remove(other)
-            _fail(other, Failure("overloaded", "another client's turn came first", retry_after=lane.call_s))
+        self._make_room(lane, client)
         alarm = asyncio.get_running_loop().call_later(deadline - time.monotonic(), _expire, waiting)
         try:
             ran = await waiting.answer
@@ -258,15 +293,21 @@ class Dispatcher:
         try:
             having = self._fleet.having(lane.release)
         except TritonError as error:
-            for waiting in lane.line.everyone():
-                lane.line.remove(waiting)
-                _fail(waiting, error)
+            self._turn_away(lane, error)
             return
+        if self._fleet.is_down(lane.release):
+            down = TritonError(grpc.StatusCode.NOT_FOUND, self._fleet.suspicions(lane.release))
+            self._turn_away(lane, down, only=lambda waiting: waiting.has_other)
         while lane.line:
             free = [replica for replica in having if lane.room(replica) > 0]
             if not free:
                 return
-            replica = min(free, key=lambda each: (each.is_shunned, each.calls, each.called_at))
+            replica = min(free, key=lambda each: (each.is_shunned(lane.release), each.calls, each.called_at))
+            if not lane.tries_suspect and (suspect := lane.line.take_suspect()):
+                self._send(lane, replica, [suspect], had_to_wait=False)
+                continue
+            if not lane.line.is_ready:
+                return
             fitting = lane.line.fitting(self._settings.group_bytes)
             most = min(self._settings.group, replica.max_batch(lane.release), fitting)
             most = lane.knees[replica].size(lane.share(having), most)
@@ -279,18 +320,27 @@ class Dispatcher:
             if lane.alarm is not None:
                 lane.alarm.cancel()
             lane.alarm, is_overdue = None, False
-            group = self._in_time(lane, lane.line.take(most, self._settings.group_bytes))
-            if not group:
-                continue
-            call = Call(replica, group, had_to_wait=len(group) > 1 or bool(lane.line))
-            for waiting in group:
-                waiting.call = call
-            lane.begin(call)
-            replica.calls, replica.called_at = replica.calls + 1, call.sent
-            self._metrics.called(len(group))
-            call.task = asyncio.create_task(self._run(lane, call))
-            # No `finally` in the task: one that is cancelled before it begins would never come to it.
-            call.task.add_done_callback(partial(self._ended, lane, call))
+            group = lane.line.take(most, self._settings.group_bytes)
+            self._send(lane, replica, group, had_to_wait=len(group) > 1 or bool(lane.line))
+
+    def _turn_away(self, lane: Lane, error: TritonError, only: Callable[[Waiting], bool] = lambda _: True) -> None:
+        for waiting in filter(only, lane.line.everyone()):
+            lane.line.remove(waiting)
+            _fail(waiting, error)
+
+    def _send(self, lane: Lane, replica: Replica, group: list[Waiting], *, had_to_wait: bool) -> None:
+        group = self._in_time(lane, group)
+        if not group:
+            return
+        call = Call(replica, group, had_to_wait, is_of_suspect=group[0].marks >= SUSPECT)
+        for waiting in group:
+            waiting.call = call
+        lane.begin(call)
+        replica.calls, replica.called_at = replica.calls + 1, call.sent
+        self._metrics.called(len(group))
+        call.task = asyncio.create_task(self._run(lane, call))
+        # No `finally` in the task: one that is cancelled before it begins would never come to it.
+        call.task.add_done_callback(partial(self._ended, lane, call))
 
     def _in_time(self, lane: Lane, group: list[Waiting]) -> list[Waiting]:
         """Those who still want an answer and can have one; the others are refused."""
@@ -310,7 +360,8 @@ class Dispatcher:
             for waiting, inference in zip(group, inferences, strict=True):
                 if not waiting.answer.done():
                     waiting.answer.set_result(Ran(inference, call.sent))
-            self._retries = min(_RETRIES_SAVED, self._retries + _RETRIES_EARNED * len(group))
+            call.replica.answered(lane.release)
+            lane.retries = min(_RETRIES_SAVED, lane.retries + _RETRIES_EARNED * len(group))
             lane.learn(call)
         except TritonError as error:
             self._failed(lane, call, error)
@@ -321,7 +372,7 @@ class Dispatcher:
     def _ended(self, lane: Lane, call: Call, task: asyncio.Task[None]) -> None:
         call.task = None  # else another circle: where it was cancelled, the call is one of the variables
         if task.cancelled() and call.is_lost:
-            self._again(lane, call, TritonError(grpc.StatusCode.UNAVAILABLE, "its server was given up"))
+            self._again(lane, call, TritonError(grpc.StatusCode.UNAVAILABLE, "its server was given up"), is_free=True)
         elif task.cancelled():
             call.is_given_up = True
         elif error := task.exception():
@@ -349,23 +400,50 @@ class Dispatcher:
             for waiting in call.group:
                 _fail(waiting, Failure("overloaded", f"{call.replica.url}: {error.detail}", retry_after=lane.call_s))
         elif error.is_of_the_server:
-            call.replica.suspect(lane.release, str(error))
-            self._again(lane, call, error, alone=error.status is grpc.StatusCode.INTERNAL)
+            self._mark(lane, call, error)
+            if error.is_broken_connection:
+                call.replica.lose(str(error))
+            elif error.dead_process:
+                call.replica.stumble(lane.release, str(error))
+            else:
+                call.replica.suspect(lane.release, str(error))
+                call.replica.ask_now()  # it may be the server
+            self._again(lane, call, error, alone=bool(error.dead_process), is_free=True)
         elif len(call.group) > 1:  # one of them may be the cause
             self._again(lane, call, error, alone=True)
         else:
             _fail(call.group[0], error)
 
-    def _again(self, lane: Lane, call: Call, error: TritonError, alone: bool = False) -> None:
+    def _mark(self, lane: Lane, call: Call, error: TritonError) -> None:
+        """Suspect the pictures of a call that may have ended a process; refuse the one that was found guilty."""
+        manifest = self._fleet.manifest(lane.release)
+        if manifest is None:
+            return
+        process = error.dead_process
+        if process:
+            marks = SUSPECT if self._deaths.may_be_due_to(call.replica.url, manifest, process, call.sent) else 0
+        else:
+            marks = int(error.is_broken_connection)
+        for waiting in call.group if marks else ():
+            waiting.marks += marks
+            if len(call.group) == 1 and waiting.marks >= GUILTY:
+                self._poison.add(waiting.picture, manifest, process)
+                _fail(waiting, _poison(f"{process or call.replica.url} ended while it worked on this picture alone"))
+
+    def _again(self, lane: Lane, call: Call, error: TritonError, *, alone: bool = False, is_free: bool = False) -> None:
+        """Put the pictures of a call back into the line.
+
+        `is_free`: it failed with its server, or a process of it. That may be many at once, so no budget is spent.
+        """
         for waiting in call.group:
             if waiting.answer.done() or waiting.call is not call:  # it may be on its way again already
                 continue
-            waiting.attempts += 1
             waiting.is_alone |= alone
-            if waiting.attempts >= _ATTEMPTS or self._retries < 1:
+            waiting.attempts += 1
+            if waiting.attempts >= (_FREE_ATTEMPTS if is_free else _ATTEMPTS) or (not is_free and lane.retries < 1):
                 _fail(waiting, error)
                 continue
-            self._retries -= 1
+            lane.retries -= not is_free
             self._metrics.retried()
             waiting.call = None
             lane.line.put_back(waiting)
@@ -381,6 +459,10 @@ class Dispatcher:
             for replica in [replica for replica in lane.knees if replica not in there]:
                 del lane.knees[replica]  # it starts slowly, should it come back
             self._pump(lane)
+
+
+def _poison(detail: str) -> Failure:
+    return Failure("image_crashes_server", detail)
 
 
 def _over() -> Failure:

@@ -189,6 +189,10 @@ PROBLEMS: dict[str, Kind] = {
     "triton_unavailable": Kind(
         503, "The inference server cannot be reached", "Try again in a moment.", "service", "infer", True, 1
     ),
+    "image_crashes_server": Kind(
+        422, "The picture ends the process that works on it",
+        "Do not send it again; report it with the request id, and take the picture anew.", "client", "infer",
+    ),
     "deadline_exceeded": Kind(
         504, "No answer within the time for a request", "Try again; the service is busy or stuck.",
         "service", "infer", True, 1,

@@ -1,32 +1,80 @@
 """The Triton servers that answer, each followed on its own: which there are, which can be asked, and which is next.
 
-A replica is asked while it can be reached and no call failed because of it. One that is suspected gets nothing until
-it answered a golden picture of the release that failed; then it starts slowly, with few calls at once.
+Health belongs to a release on a server. A call that failed because of a process of one of its steps puts that release
+under suspicion on that server, and nothing else: it gets nothing more there until it answered a golden picture. A
+server is lost, for all releases, only where it cannot be reached or answers no question any more; then it starts
+slowly, with few calls at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import grpc
 
+from contract import Manifest
 from gateway import activation
 from gateway.errors import Failure
 from gateway.releases import Releases
 from gateway.settings import Settings
+from gateway.supervision import Tasks, failed
 from gateway.triton import MalformedAnswer, TritonClient, TritonError
 
-_PROBE_EVERY_S = 0.1
+_PROBE_EVERY_S, _PROBE_SELDOM_S = 0.1, 1.0
+"""A golden picture is sent again after so long: the first, and twice as long each time, up to the second."""
 _PROBE_TIMEOUT_S = 5.0
+_MISSES = 2
+"""So many questions in a row have to stay unanswered before a server is lost. After the first, what is new goes to
+others: a server that is late only is spared, and its calls go on."""
 _RESOLVE_EVERY_S = 5.0
 _SHUN_S, _SHUN_MOST_S = 1.0, 60.0
 """After a fault the other replicas come first for so long; twice as long after each that follows soon."""
 logger = logging.getLogger("gateway.fleet")
+
+
+@dataclass(eq=False)
+class Suspicion:
+    """Why a release gets no calls on a server, since when (monotonic seconds).
+
+    `is_confirmed`: a golden picture was not answered either.
+    """
+
+    release: str
+    reason: str
+    since: float
+    is_confirmed: bool = False
+    pause_s: float = 0.0
+    """Until the next golden picture."""
+
+
+class Shunned:
+    """After a fault others come first for a while: it failed lately, and may do so again.
+
+    Where one of a step's processes died, the others answer, as a golden picture shows, and every other call fails.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._until = -math.inf
+
+    def __bool__(self) -> bool:
+        return time.monotonic() < self._until
+
+    def fault(self) -> None:
+        """It failed."""
+        now = time.monotonic()
+        is_again = now < self._until + self._seconds
+        self._seconds = min(_SHUN_MOST_S, 2 * self._seconds) if is_again else _SHUN_S
+        self._until = now + self._seconds
 
 
 class Replica:
@@ -40,35 +88,37 @@ class Replica:
         """On their way now."""
         self.called_at = -math.inf
         """When the last one was sent (monotonic seconds)."""
-        self.fault = ""
-        """Why it gets no calls although it can be reached; empty where it does."""
+        self.fault = "it was not reached yet"
+        """Why it cannot be reached; without meaning where it can."""
+        self.is_late = False
+        """It left a question unanswered: it gets no new calls where others can have them."""
         self.has_joined = False
         """Whether its releases have been tried once since it could be reached."""
-        self._shunned_s = 0.0
-        self._shunned_until = -math.inf
-        self._suspected = asyncio.Event()
-        self._release = ""
-        self._refresh_s = settings.refresh_s
-        self._tasks: list[asyncio.Task[None]] = []
+        self.suspicions: dict[str, Suspicion] = {}
+        """By release, those that get no calls here."""
+        self._shunned: dict[str, Shunned] = {}
+        """By release; the server itself has no name."""
+        self._stumbles: Counter[str] = Counter()
+        """By release, the dead processes that were met with since something was answered."""
+        self._misses = 0
+        self._away_s = settings.refresh_s
+        """Until it is looked for again, while it cannot be reached."""
+        self._settings = settings
+        self._ask_now = asyncio.Event()
+        self._tasks = Tasks()
         self._on_change = on_change
-        self._refreshing = asyncio.Lock()
 
     @property
     def is_available(self) -> bool:
-        """Whether it gets calls."""
-        return not self.fault and self.releases.triton_version is not None
+        """Whether it can be reached."""
+        return self.releases.triton_version is not None
 
-    @property
-    def is_shunned(self) -> bool:
-        """Whether it is asked only where the others have no room: it failed lately, and may do so again.
-
-        Triton 24.10 starts no new process for a Python one that died: the rest of its model's processes answer, as a
-        golden picture shows, and every other call fails.
-        """
-        return time.monotonic() < self._shunned_until
+    def is_shunned(self, release: str) -> bool:
+        """Whether it is asked for a release only where the others have no room."""
+        return any(self._shunned.get(what) for what in ("", release))
 
     def serves(self, release: str) -> bool:
-        """Whether the release may answer here."""
+        """Whether the release is there and answered its golden pictures, whatever happened to it since."""
         known = self.releases.find(release)
         return known is not None and known.manifest is not None and not known.reason
 
@@ -77,71 +127,131 @@ class Replica:
         known = self.releases.find(release)
         return known.max_batch if known else 1
 
+    def stumble(self, release: str, reason: str) -> None:
+        """A process of a step of the release died, or was found dead: the next call may meet with another one.
+
+        It is suspected when that happens again before anything was answered.
+        """
+        self._stumbles[release] += 1
+        self._shun(release)
+        if self._stumbles[release] > 1:
+            self.suspect(release, reason)
+
+    def answered(self, release: str) -> None:
+        """A call of the release was answered."""
+        if self._stumbles:
+            del self._stumbles[release]
+
     def suspect(self, release: str, reason: str) -> None:
         """A call of the release failed because of this server: give it nothing until it answers again."""
-        if self.fault:
+        if release in self.suspicions:
             return
-        logger.warning("replica suspected", extra={"fields": {"replica": self.url, "reason": reason}})
-        self.fault, self._release = reason, release
-        now = time.monotonic()
-        is_again = now < self._shunned_until + self._shunned_s
-        self._shunned_s = min(_SHUN_MOST_S, 2 * self._shunned_s) if is_again else _SHUN_S
-        self._shunned_until = now + self._shunned_s
-        self._suspected.set()
+        logger.warning(
+            "release suspected", extra={"fields": {"replica": self.url, "release": release, "reason": reason}}
+        )
+        self._doubt(release, reason)
+        self._shun(release)
+        self._on_change()
+
+    def ask_now(self) -> None:
+        """Ask the server at once whether it is still there, and what it has."""
+        self._ask_now.set()
+
+    def lose(self, reason: str) -> None:
+        """The server is gone, or answers nothing: it gets nothing until it can be reached, and each release answers."""
+        if not self.is_available:
+            return
+        logger.warning("replica lost", extra={"fields": {"replica": self.url, "reason": reason}})
+        self.releases.triton_version, self.fault = None, reason
+        self.has_joined = self.is_late = False
+        self._misses, self._away_s = 0, _PROBE_EVERY_S  # it may be back soon
+        self._shun("")
+        for release in self.releases.active():
+            if release.name not in self.suspicions:
+                self._doubt(release.name, reason)
+        self._ask_now.set()
         self._on_change()
 
     async def start(self) -> None:
         """Look at it once, then follow it."""
-        await self._refresh()
-        self._tasks = [
-            asyncio.create_task(task)
-            for task in (self._follow(), self._recover(), activation.follow(self.triton, self.releases))
-        ]
+        await self._look()
+        self._tasks.repeat("follow a replica", self._follow)
+        self._tasks.repeat("activation", partial(activation.follow, self.triton, self.releases))
 
     async def close(self) -> None:
         """Stop following it; calls in flight are cancelled."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         await self.triton.close()
 
     async def _follow(self) -> None:
-        while True:
-            await asyncio.sleep(self._refresh_s)
-            was_reached = self.releases.triton_version is not None
-            await self._refresh()
-            if was_reached and self.releases.triton_version is None:
-                self.has_joined = False
-                self.suspect("", "it does not answer")
-            elif not self.has_joined and self.releases.active() and not self.releases.untried():
-                self.has_joined = True
-            self._on_change()
+        pause = self._settings.refresh_s if self.is_available else self._away_s
+        if self._misses:
+            pause = 0.0  # the next question decides
+        self._away_s = min(2 * self._away_s, self._settings.refresh_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ask_now.wait(), pause)
+        self._ask_now.clear()
+        await self._look()
 
-    async def _refresh(self) -> None:
-        async with self._refreshing:
-            await self.releases.refresh()
-
-    async def _recover(self) -> None:
-        while True:
-            await self._suspected.wait()
-            while not await self._answers():
-                await asyncio.sleep(_PROBE_EVERY_S)
-            logger.info("replica back", extra={"fields": {"replica": self.url}})
-            self.fault = ""
-            self._suspected.clear()
-            self._on_change()
-
-    async def _answers(self) -> bool:
-        """Try what failed once more. A release that is not there any more is no fault of the server."""
-        await self._refresh()
-        if self.releases.triton_version is None:
-            return False
-        there = [release for release in self.releases.active() if release.golden]
-        wanted = [release for release in there if release.name == self._release] or there
+    async def _look(self) -> None:
+        """Ask which releases it has."""
+        was_available = self.is_available
         try:
-            for release in wanted[:1]:
-                await self.triton.infer(release.name, [release.golden[0].image], "probe", _PROBE_TIMEOUT_S)
+            await self.releases.refresh()
+        except TritonError as error:
+            self._missed(error)
+            return
+        self._misses, self.is_late = 0, False
+        if not was_available:
+            logger.info("replica back", extra={"fields": {"replica": self.url}})
+        if not self.has_joined and self.releases.active() and not self.releases.untried():
+            self.has_joined = True
+        self._on_change()
+
+    def _missed(self, error: TritonError) -> None:
+        if not self.is_available:
+            self.fault = str(error)
+            return
+        self._misses += 1
+        if error.status is grpc.StatusCode.DEADLINE_EXCEEDED and self._misses < _MISSES:
+            self.is_late = True
+            self._on_change()
+        else:
+            self.lose(str(error))
+
+    def _shun(self, what: str) -> None:
+        self._shunned.setdefault(what, Shunned()).fault()
+
+    def _doubt(self, release: str, reason: str) -> None:
+        suspicion = self.suspicions[release] = Suspicion(release, reason, time.monotonic())
+        self._tasks.repeat("try a suspected release", partial(self._try, suspicion))
+        # Who waits then has waited long enough.
+        asyncio.get_running_loop().call_later(self._settings.patience_s, self._on_change)
+
+    async def _try(self, suspicion: Suspicion) -> bool:
+        """Try once more what failed; returns whether that is over."""
+        await asyncio.sleep(suspicion.pause_s)
+        suspicion.pause_s = min(_PROBE_SELDOM_S, max(_PROBE_EVERY_S, 2 * suspicion.pause_s))
+        if not self.is_available or not await self._answers(suspicion):
+            return False
+        del self.suspicions[suspicion.release]
+        self.answered(suspicion.release)
+        logger.info("release back", extra={"fields": {"replica": self.url, "release": suspicion.release}})
+        self._on_change()
+        return True
+
+    async def _answers(self, suspicion: Suspicion) -> bool:
+        """Whether a release answers. One that is not there any more is no fault of the server."""
+        known = self.releases.find(suspicion.release)
+        if known is None or known.manifest is None or known.reason or not known.manifest.golden:
+            return True
+        try:
+            timeout = min(_PROBE_TIMEOUT_S, 10 * suspicion.pause_s)
+            await self.triton.infer(suspicion.release, [known.manifest.golden[0].image], "probe", timeout)
         except (TritonError, MalformedAnswer):
+            if not suspicion.is_confirmed:
+                suspicion.is_confirmed = True
+                self._on_change()
             return False
         return True
 
@@ -155,7 +265,7 @@ class Fleet:
         self._listeners: list[Callable[[], None]] = []
         self._lost_at: float | None = -math.inf
         """When the last replica was lost; None while there is one."""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Have `listener` called whenever a replica may have been lost or have come back."""
@@ -164,23 +274,24 @@ class Fleet:
     async def start(self) -> None:
         """Find the replicas, look at each once, and follow them."""
         await self._find()
-        self._keep(self._follow())
+        self._tasks.repeat("resolve names", self._follow)
 
     async def close(self) -> None:
         """Stop following them; calls in flight are cancelled."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, *(replica.close() for replica in self.replicas), return_exceptions=True)
+        await asyncio.gather(
+            self._tasks.close(), *(replica.close() for replica in self.replicas), return_exceptions=True
+        )
 
     def available(self) -> list[Replica]:
-        """Those that get calls."""
+        """Those that can be reached."""
         return [replica for replica in self.replicas if replica.is_available]
 
     def having(self, release: str) -> list[Replica]:
-        """The replicas that can be asked for a release; empty: wait, they were lost only a moment ago.
+        """The replicas that can be asked for a release; empty: wait, it failed or they were lost only a moment ago.
 
         Raises:
-            TritonError: UNAVAILABLE where none is there for longer, NOT_FOUND where none has the release.
+            TritonError: UNAVAILABLE where none is there for longer, NOT_FOUND where none has the release, or has it
+                answering.
         """
         there = self.available()
         if not there:
@@ -190,7 +301,32 @@ class Fleet:
         having = [replica for replica in there if replica.serves(release)]
         if not having:
             raise TritonError(grpc.StatusCode.NOT_FOUND, f"no server has {release} ready")
-        return having
+        able = [replica for replica in having if release not in replica.suspicions]
+        if not able and time.monotonic() - self._down_since(release, having) >= self._settings.patience_s:
+            raise TritonError(grpc.StatusCode.NOT_FOUND, self.suspicions(release))
+        return [replica for replica in able if not replica.is_late] or able
+
+    def is_down(self, release: str) -> bool:
+        """Whether a release was tried and does not answer on any server that has it: another one may be asked now."""
+        suspicions = [each.suspicions.get(release) for each in self.available() if each.serves(release)]
+        return bool(suspicions) and all(each is not None and each.is_confirmed for each in suspicions)
+
+    def suspicions(self, release: str) -> str:
+        """Why a release gets no calls, server by server; empty where it is not suspected anywhere."""
+        return "; ".join(
+            f"{replica.url}: {suspicion.reason}"
+            for replica in self.replicas
+            if (suspicion := replica.suspicions.get(release))
+        )
+
+    def manifest(self, release: str) -> Manifest | None:
+        """What a release says of itself; None where it is not known."""
+        known = (replica.releases.find(release) for replica in self.replicas)
+        return next((each.manifest for each in known if each and each.manifest), None)
+
+    @staticmethod
+    def _down_since(release: str, having: list[Replica]) -> float:
+        return max(replica.suspicions[release].since for replica in having)
 
     async def require_ready(self, release: str) -> None:
         """Ask the servers whether one would answer now.
@@ -201,20 +337,21 @@ class Fleet:
         reasons = {}
         for replica in self.available():
             try:
+                if suspicion := replica.suspicions.get(release):
+                    reasons[replica.url] = f"{release} is not ready: {suspicion.reason}"
+                    continue
                 if await replica.triton.is_ready(release, self._settings.probe_timeout_s):
                     return
                 reasons[replica.url] = f"{release} is not ready"
             except TritonError as error:
                 reasons[replica.url] = str(error)
         text = "; ".join(f"{url}: {reason}" for url, reason in reasons.items())
-        is_reached = any(reason.endswith("is not ready") for reason in reasons.values())
+        is_reached = any("is not ready" in reason for reason in reasons.values())
         raise Failure("no_release" if is_reached else "triton_unavailable", text or self.faults())
 
     def faults(self) -> str:
         """What is wrong with the replicas that get no calls."""
-        faults = [
-            f"{each.url}: {each.fault or 'it cannot be reached'}" for each in self.replicas if not each.is_available
-        ]
+        faults = [f"{each.url}: {each.fault}" for each in self.replicas if not each.is_available]
         return "; ".join(faults) or "no address was found"
 
     def _changed(self) -> None:
@@ -225,12 +362,14 @@ class Fleet:
             # Who waits then has waited long enough.
             asyncio.get_running_loop().call_later(self._settings.patience_s, self._changed)
         for listener in self._listeners:
-            listener()
+            try:
+                listener()
+            except Exception:  # whoever noticed the change has more to do, and so have the other listeners
+                failed("tell of a change")
 
     async def _follow(self) -> None:
-        while True:
-            await asyncio.sleep(_RESOLVE_EVERY_S)
-            await self._find()
+        await asyncio.sleep(_RESOLVE_EVERY_S)
+        await self._find()
 
     async def _find(self) -> None:
         found: list[str] = []
@@ -249,13 +388,8 @@ class Fleet:
         for url, replica in before.items():
             if url not in found:
                 logger.info("replica gone", extra={"fields": {"replica": url}})
-                self._keep(_drain(replica))
+                self._tasks.once("drain a replica", _drain(replica))
         self._changed()
-
-    def _keep(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 async def _drain(replica: Replica) -> None:

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class FollowedFile(Generic[T]):
-    """What `read` makes of a file, kept current by `follow`. No file at the start is `default`.
+    """What `read` makes of a file, kept current by calling `follow`. No file at the start is `default`.
 
     `error` says what is wrong with the file as it is now; `since` is when `value` came into force (ISO 8601, UTC).
 
@@ -43,13 +43,12 @@ class FollowedFile(Generic[T]):
             self._take(self._seen)
 
     async def follow(self) -> None:
-        """Look at the file for ever. What it says counts once it was read twice: an edit may be half-way through."""
-        while True:
-            await asyncio.sleep(_POLL_S)
-            read = await asyncio.to_thread(self._read)
-            if read == self._seen and read != self._taken:
-                self._take(read)
-            self._seen = read
+        """Wait a moment, and look at the file. What it says counts once it was read twice: an edit takes its time."""
+        await asyncio.sleep(_POLL_S)
+        read = await asyncio.to_thread(self._read)
+        if read == self._seen and read != self._taken:
+            self._take(read)
+        self._seen = read
 
     def _read(self) -> _Bad | T:
         try:

@@ -89,10 +89,12 @@ class ApiKeys:
         """What is wrong with the file as it is now."""
         return self.file.error if self.file else ""
 
-    async def follow(self) -> None:
-        """Follow the file for ever, if there is one."""
-        if self.file:
-            await self.file.follow()
+    async def follow(self) -> bool:
+        """Look at the file after a moment; returns whether there is none to follow."""
+        if self.file is None:
+            return True
+        await self.file.follow()
+        return False
 
     def owner(self, presented: str) -> Key:
         """The key whose secret was presented. Looks at all of them, in a time that does not depend on which it is.

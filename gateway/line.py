@@ -7,6 +7,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from gateway.poison import SUSPECT
 from gateway.triton import Inference
 
 if TYPE_CHECKING:
@@ -30,17 +31,25 @@ class Waiting:
     client: str
     deadline: float
     answer: asyncio.Future[Ran] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    has_other: bool = False
+    """Should the release be down, another one will be asked: there is no point in waiting for it."""
     attempts: int = 0
     is_alone: bool = False
     """Not to be grouped: a call with this one in it failed."""
+    marks: int = 0
+    """How far it is suspected to end the processes that work on it: see `gateway.poison`."""
     call: Call | None = None
 
 
 class Line:
-    """First come, first served for each client; clients take turns. What is put back comes before all others."""
+    """First come, first served for each client; clients take turns. What is put back comes before all others.
+
+    Suspects wait apart: the next of them goes when nobody works on another one.
+    """
 
     def __init__(self) -> None:
         self._again: deque[Waiting] = deque()
+        self._suspects: deque[Waiting] = deque()
         self._by_client: OrderedDict[str, deque[Waiting]] = OrderedDict()
         self.bytes = 0
         self._count = 0
@@ -65,14 +74,14 @@ class Line:
 
     def put_back(self, waiting: Waiting) -> None:
         """Let one wait that was taken already: it is the next."""
-        self._again.append(waiting)
+        (self._suspects if waiting.marks >= SUSPECT else self._again).append(waiting)
         self._count += 1
         self.bytes += len(waiting.picture)
 
     def remove(self, waiting: Waiting) -> None:
         """Forget one, wherever it waits."""
         own = self._by_client.get(waiting.client)
-        for queue in (self._again, own):
+        for queue in (self._again, self._suspects, own):
             if queue and waiting in queue:
                 queue.remove(waiting)
                 self._left(waiting)
@@ -86,7 +95,26 @@ class Line:
 
     def everyone(self) -> list[Waiting]:
         """All that wait."""
-        return [*self._again, *(waiting for queue in self._by_client.values() for waiting in queue)]
+        others = (waiting for queue in self._by_client.values() for waiting in queue)
+        return [*self._again, *self._suspects, *others]
+
+    def last(self) -> Waiting | None:
+        """The last request of the client with the most that wait."""
+        longest = max(self._by_client.values(), key=len, default=None)
+        return longest[-1] if longest else None
+
+    def take_suspect(self) -> Waiting | None:
+        """The next of the suspects, which goes alone; None where there is none."""
+        if not self._suspects:
+            return None
+        waiting = self._suspects.popleft()
+        self._left(waiting)
+        return waiting
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether anybody waits who is no suspect."""
+        return self._count > len(self._suspects)
 
     def fitting(self, most_bytes: int) -> int:
         """How many of those that wait, of their mean size, are not larger together; at least one."""

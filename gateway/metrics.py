@@ -7,7 +7,7 @@ from functools import cache
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 _BUCKETS = (0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -98,6 +98,14 @@ def gauge(name: str, text: str, value: float) -> Metric:
 def gauge_by(label: str, name: str, text: str, values: Mapping[str, float]) -> Metric:
     """A state of each of several, by the label that tells them apart."""
     family = GaugeMetricFamily(name, text, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family
+
+
+def count_by(label: str, name: str, text: str, values: Mapping[str, float]) -> Metric:
+    """A count of each of several, by the label that tells them apart."""
+    family = CounterMetricFamily(name, text, labels=[label])
     for key, value in values.items():
         family.add_metric([key], value)
     return family

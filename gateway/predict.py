@@ -29,7 +29,8 @@ _FAILURES = {
 _FAULTS_OF_A_RELEASE = frozenset(
     ("triton_unavailable", "no_release", "inference_failed", "invalid_answer", "provenance_mismatch")
 )
-"""What another release may do better. A bad picture is bad for every release, and a deadline is over for all."""
+"""What another release may do better. A bad picture is bad for every release, one that ends the processes which work on
+it most of all, and a deadline is over for all."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ async def predict(dispatcher: Dispatcher, candidates: Sequence[Candidate], pictu
         Failure: nothing could answer, the picture cannot be used, or the answer cannot be trusted.
     """
     try:
-        return await _ask(dispatcher, candidates[0], picture, asker)
+        return await _ask(dispatcher, candidates[0], picture, asker, has_other=len(candidates) > 1)
     except Failure as failure:
         if len(candidates) == 1 or failure.code not in _FAULTS_OF_A_RELEASE or time.monotonic() >= asker.deadline:
             raise
@@ -79,10 +80,14 @@ async def predict(dispatcher: Dispatcher, candidates: Sequence[Candidate], pictu
     return replace(await _ask(dispatcher, candidates[1], picture, asker), passed_over=passed_over)
 
 
-async def _ask(dispatcher: Dispatcher, candidate: Candidate, picture: bytes, asker: Asker) -> Answer:
+async def _ask(
+    dispatcher: Dispatcher, candidate: Candidate, picture: bytes, asker: Asker, has_other: bool = False
+) -> Answer:
     release = candidate.release
     try:
-        ran = await dispatcher.infer(release.name, picture, asker.request_id, asker.client, asker.deadline)
+        ran = await dispatcher.infer(
+            release.name, picture, asker.request_id, asker.client, asker.deadline, has_other=has_other
+        )
     except TritonError as error:
         code = _FAILURES.get(error.status, "inference_failed")
         if code == "no_release" and candidate.route == "pinned":

@@ -17,7 +17,7 @@ from contract import Manifest
 from gateway.triton import ModelState, TritonClient, TritonError
 
 _CHECKING = "its golden pictures are being tried"
-_MOVING = "Triton is loading or unloading it"
+_MOVING = "Triton does not have it, or is loading or unloading it"
 logger = logging.getLogger("gateway.releases")
 
 
@@ -77,19 +77,14 @@ class Releases:
             release.reason = f"{_CHECKING}: {reason}"
 
     async def refresh(self) -> None:
-        """Ask Triton once. Never raises: what cannot be learnt now is asked again later."""
-        try:
-            is_back = self.triton_version is None  # first contact, or a restart: what was known may be stale
-            version = self.triton_version or await self._triton.version(self._timeout)
-            known = await self._ask(is_back)
-        except TritonError as error:
-            if self.triton_version is not None:
-                logger.warning("triton lost", extra={"fields": {"reason": str(error)}})
-            self.triton_version = None
-            return
-        except Exception:
-            logger.exception("refreshing the releases failed")
-            return
+        """Ask Triton once; what is known stays where that fails.
+
+        Raises:
+            TritonError: Triton gave no answer.
+        """
+        is_back = self.triton_version is None  # first contact, or a restart: what was known may be stale
+        version = self.triton_version or await self._triton.version(self._timeout)
+        known = await self._ask(is_back)
         if is_back:
             logger.info("triton reached", extra={"fields": {"triton": version}})
         before = {(release.name, release.reason) for release in self.known}
@@ -114,9 +109,12 @@ class Releases:
     async def _look_at(self, state: ModelState, number: int, before: Known | None, is_back: bool) -> Known:
         if not state.is_ready:
             manifest = before.manifest if before else None
-            # Without a reason it is being loaded or unloaded. What answered goes on: the old one serves until the new
-            # one does, and should it be gone, the request goes to another release.
-            reason = before.reason if before and manifest and not state.reason else state.reason or _MOVING
+            reason = state.reason
+            if not reason:
+                # It is being loaded anew and the old one serves until then, or it is not there at all: nothing in the
+                # index tells which.
+                is_there = before and manifest and await self._is_ready(state.name)
+                reason = before.reason if before and is_there else _MOVING
             max_batch = before.max_batch if before else 1
             return Known(state.name, number, manifest, reason, is_loaded=False, max_batch=max_batch)
         stays = before is not None and before.is_loaded and not is_back
@@ -130,15 +128,24 @@ class Releases:
         except ValueError as error:
             return Known(state.name, number, None, str(error))
         except TritonError as error:
-            if error.status is not grpc.StatusCode.NOT_FOUND:
+            if error.status is grpc.StatusCode.UNAVAILABLE:
                 raise
-            return Known(state.name, number, None, "it was just unloaded", is_loaded=False)
+            if error.status is grpc.StatusCode.NOT_FOUND:
+                return Known(state.name, number, None, "it was just unloaded", is_loaded=False)
+            # The index was answered, so it is no fault of the server: the other releases are none of its business.
+            return before or Known(state.name, number, None, str(error), is_loaded=False)
         if before and manifest == before.manifest:
             if stays:
                 return before
             if not before.reason:  # it answered before it was loaded again: goes on while it is tried again
                 return Known(state.name, number, manifest, "", is_tried=False, max_batch=max_batch)
         return Known(state.name, number, manifest, _CHECKING, is_tried=False, max_batch=max_batch)
+
+    async def _is_ready(self, name: str) -> bool:
+        try:
+            return await self._triton.is_ready(name, self._timeout)
+        except TritonError:
+            return False
 
 
 def _log(release: Known) -> None:

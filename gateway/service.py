@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -10,14 +9,16 @@ from dataclasses import dataclass
 
 from prometheus_client.core import Metric
 
+from contract import Manifest
 from gateway.catalogue import Catalogue
 from gateway.comparison import Comparisons
 from gateway.dispatch import Dispatcher
+from gateway.errors import Failure
 from gateway.fetch.fetcher import Fetcher
 from gateway.fleet import Fleet
 from gateway.ingest import Picture
 from gateway.keys import ApiKeys
-from gateway.metrics import Metrics, gauge, gauge_by
+from gateway.metrics import Metrics, count_by, gauge, gauge_by
 from gateway.mirrors import Mirrors
 from gateway.predict import Answer, Asker, predict
 from gateway.rates import Rates
@@ -25,6 +26,7 @@ from gateway.router import Router
 from gateway.routing import RoutingFile
 from gateway.schemas import Metadata
 from gateway.settings import Settings
+from gateway.supervision import Tasks, failures
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,11 @@ class Service:
     async def running(self) -> AsyncIterator[None]:
         """Follow Triton, the routing file and the keys for the length of this block."""
         await self.fleet.start()
-        followers = [asyncio.create_task(task) for task in (self.routing.follow(), self.keys.follow())]
+        followers = Tasks()
+        followers.repeat("follow the routing file", self.routing.follow)
+        followers.repeat("follow the API keys", self.keys.follow)
         yield
-        for follower in followers:
-            follower.cancel()
+        await followers.close()
         await self.mirrors.close()
         await self.dispatcher.close()
         await self.fleet.close()
@@ -93,6 +96,25 @@ class Service:
         """
         if stable := self.router.in_force().stable:
             self.dispatcher.require_room(stable.name, asker.client, asker.deadline)
+
+    async def ready(self) -> Manifest:
+        """The release that would answer a request now: the stable one, or the one that covers for it.
+
+        Triton's own readiness stays false after any failed load: only the releases count.
+
+        Raises:
+            Failure: triton_unavailable, no_release; why the stable one does not answer.
+        """
+        stable, others = self.router.stable(), self.router.in_force().others
+        try:
+            await self.fleet.require_ready(stable.name)
+            return stable
+        except Failure:
+            for other in others[:1]:
+                with contextlib.suppress(Failure):
+                    await self.fleet.require_ready(other.name)
+                    return other
+            raise
 
     async def judge(self, picture: Picture, asker: Asker, headers: Mapping[str, str]) -> Judged:
         """Answer one picture: choose who answers, fetch the picture where it was sent by its location, and predict.
@@ -124,6 +146,11 @@ class Service:
         yield gauge_by("release", "gateway_calls_limit", "Calls at once that are allowed, as found.", limits)
         yield gauge("gateway_triton_reachable", "1 while Triton answers.", self.releases.triton_version is not None)
         yield gauge("gateway_routing_valid", "0 while the routing file is refused.", not self.routing.error)
+        is_met = not self.router.in_force().warning
+        yield gauge("gateway_routing_met", "0 while the routing file asks for what cannot be had.", is_met)
         yield gauge("gateway_keys_valid", "0 while the file of API keys is refused.", not self.keys.error)
         yield gauge_by("release", "gateway_release_active", "1 where the release may answer.", active)
+        down = {name: float(self.fleet.is_down(name)) for name in active}
+        yield gauge_by("release", "gateway_release_down", "1 where it failed and no server has it answering.", down)
+        yield count_by("task", "gateway_task_failures", "Exceptions of background tasks, which go on.", failures)
         yield gauge_by("release", "gateway_release_share", "Percentage of the requests without a pin.", shares)

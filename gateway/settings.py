@@ -82,11 +82,11 @@ class Settings(BaseSettings):
     group_bytes: int = Field(default=2 * 2**20, ge=1)
     """Largest sum of their files; a larger picture goes alone."""
     max_waiting: int = Field(default=256, ge=1)
-    """Most pictures that wait for Triton; clients share the room."""
+    """Most pictures that wait for a release; clients share the room."""
     max_waiting_bytes: int = Field(default=256 * 2**20, ge=1)
-    """Largest sum of their files."""
+    """Largest sum of the files that wait, of all releases."""
     patience_s: float = Field(default=2.0, ge=0, le=60)
-    """Without any Triton, requests wait so long for its return; after that they are refused at once."""
+    """Without any Triton, or with none that has the release answering, requests wait so long; then they are refused."""
     max_items: int = Field(default=32, ge=1, le=1024)
     """Most pictures in one request to /v1/predict/batch."""
     mirrors: int = Field(default=2, ge=0, le=64)

@@ -5,6 +5,7 @@ Talks protobuf directly. A picture travels as one BYTES element: four bytes of l
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ _OPTIONS = [
 _RAW_INPUT = bytes([pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2])
 """Tag of the field; 2 stands for bytes whose length comes first."""
 _NUMBERS = {"FP32": "<f4", "INT64": "<i8"}
+_DEAD_PROCESS = re.compile(r"Stub process(?: '([^']+)')?")
+_BROKEN_CONNECTION = ("Socket closed", "Connection reset", "Broken pipe")
+"""Texts of gRPC's own, on this side: the server went while a call was on its way."""
 
 
 class TritonError(Exception):
@@ -52,10 +56,21 @@ class TritonError(Exception):
         """
         if self.status is grpc.StatusCode.UNAVAILABLE:
             return not self.is_queue_full
-        died = self.status is grpc.StatusCode.INTERNAL and "Stub process" in self.detail
+        died = bool(self.dead_process)
         # Between two steps of a release: what the first one's process returned was cut short, as it had been given up.
         lost = self.status is grpc.StatusCode.INVALID_ARGUMENT and "missing required input" in self.detail
         return died or lost or self.status is grpc.StatusCode.NOT_FOUND
+
+    @property
+    def dead_process(self) -> str:
+        """The process of a step that died, by the name of its instance (defect_preprocess_0_1); empty: none did."""
+        match = _DEAD_PROCESS.search(self.detail) if self.status is grpc.StatusCode.INTERNAL else None
+        return match[1] or "a process of a step" if match else ""
+
+    @property
+    def is_broken_connection(self) -> bool:
+        """Whether the server itself went while the call was on its way."""
+        return self.status is grpc.StatusCode.UNAVAILABLE and any(text in self.detail for text in _BROKEN_CONNECTION)
 
     @property
     def is_queue_full(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import contract
 from gateway import __version__, schemas
@@ -59,7 +59,7 @@ def version(service: Service) -> schemas.Version:
         pipeline=schemas.Pipeline(
             name=service.settings.pipeline,
             stable=stable.name if stable else None,
-            releases=[_release(known) for known in service.releases.known],
+            releases=[_release(known) for known in _known(service)],
             routing=_routing(service.router),
         ),
         access=schemas.Access(required=service.keys.are_needed, error=service.keys.error),
@@ -85,10 +85,20 @@ def releases(service: Service) -> schemas.Releases:
                 share=service.router.share(known.name),
                 roles=in_force.roles(known.name),
             )
-            for known in service.releases.known
+            for known in _known(service)
         ],
         routing=_routing(service.router),
     )
+
+
+def _known(service: Service) -> list[Known]:
+    """Every release, oldest first; one that failed under requests and does not answer now is unavailable."""
+    return [
+        replace(known, reason=f"it failed: {service.fleet.suspicions(known.name)}")
+        if not known.reason and service.fleet.is_down(known.name)
+        else known
+        for known in service.releases.known
+    ]
 
 
 def _routing(router: Router) -> schemas.Routing:

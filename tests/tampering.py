@@ -6,6 +6,7 @@ the index, which also names a release that is not there: `defect-v9`.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +25,18 @@ def _wrong_digest(_: grpc.ServicerContext, answer: pb.ModelInferResponse) -> Non
     answer.raw_output_contents[position] = (64).to_bytes(4, "little") + b"0" * 64
 
 
+_crashed = itertools.count()
+
+
+def _crash(context: grpc.ServicerContext, _: pb.ModelInferResponse) -> None:
+    """Each time another process dies."""
+    message = f"in ensemble 'defect-v1', Stub process 'defect_preprocess_0_{next(_crashed)}' is not healthy."
+    context.abort(grpc.StatusCode.INTERNAL, message)
+
+
 FAULTS: dict[str, Fault] = {
-    "inference_failed": lambda context, _: context.abort(grpc.StatusCode.INTERNAL, "Stub process is not healthy"),
+    "inference_failed": lambda context, _: context.abort(grpc.StatusCode.INTERNAL, "onnxruntime: out of range"),
+    "image_crashes_server": _crash,
     "no_release": lambda context, _: context.abort(grpc.StatusCode.NOT_FOUND, "unknown model"),
     "overloaded": lambda context, _: context.abort(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size"),
     "deadline_exceeded": lambda *_: time.sleep(2),

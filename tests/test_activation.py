@@ -129,7 +129,13 @@ def test_trouble_on_the_way_is_no_verdict() -> None:
     releases.known = (release,)
 
     async def refresh(times: int) -> list[str]:
-        follower = asyncio.create_task(activation.follow(Faltering(2, GOOD), releases))  # type: ignore[arg-type]
+        triton = Faltering(2, GOOD)
+
+        async def follow() -> None:
+            while True:
+                await activation.follow(triton, releases)  # type: ignore[arg-type]
+
+        follower = asyncio.create_task(follow())
         reasons = []
         for _ in range(times):
             releases.refreshed.set()
@@ -146,10 +152,14 @@ def test_trouble_on_the_way_is_no_verdict() -> None:
 
 
 class Moving:
-    """Triton, while it loads what it has served before: its index gives no reason then."""
+    """Triton, while it loads what it has served before: its index gives no reason then, nor for what is gone."""
 
     def __init__(self) -> None:
         self.states: list[ModelState] = []
+        self.is_there = True
+
+    async def is_ready(self, *_: object) -> bool:
+        return self.is_there
 
     async def version(self, _: float) -> str:
         return "2.51.0"
@@ -176,6 +186,12 @@ def test_what_answers_goes_on_while_triton_loads_it_again_and_what_is_new_waits(
     assert look(ready) == [], "it has not been tried yet"
     releases.judge(releases.known[0], "")
     assert look(ready) == look(moving) == ["defect-v3"]
+    assert look(ready) == ["defect-v3"]
+    triton.is_there = False
+    assert look(moving) == [], "it is not there any more"
+    assert "does not have it" in releases.known[0].reason
+    releases.judge(releases.known[0], "")
+    triton.is_there = True
     assert look(ready) == ["defect-v3"]
     assert releases.untried() == list(releases.known), "and is tried again"
     assert look(ModelState("defect-v3", False, "no such file")) == []

@@ -106,6 +106,12 @@ def spoilt(scene: Scene, code: str, query: str = "") -> httpx.Response:
     return scene.faulty.post(f"/v1/predict{query}", content=scene.jpeg, headers=headers)
 
 
+def crashing(scene: Scene) -> httpx.Response:
+    """Another picture than the others', which go on being answered."""
+    headers = {**IMAGE, "X-Request-ID": "image_crashes_server"}
+    return scene.faulty.post("/v1/predict", content=scene.jpeg[:-1], headers=headers)
+
+
 def located(scene: Scene, url: str) -> httpx.Response:
     return scene.faulty.post("/v1/predict", json={"image_url": url})
 
@@ -180,6 +186,7 @@ CASES: dict[str, Callable[[Scene], httpx.Response]] = {
     "fetch_timeout": lambda scene: located(scene, f"{scene.web}/never"),
     "fetch_not_installed": lambda scene: located(scene, "s3://parcels/a.jpg"),
     **{code: lambda scene, code=code: spoilt(scene, code) for code in FAULTS},
+    "image_crashes_server": crashing,
     **{
         code: lambda scene, body=body, headers=headers: post(scene, body, headers)
         for code, headers, body in BAD_REQUESTS.values()

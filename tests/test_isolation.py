@@ -1,0 +1,470 @@
+"""One fault does not become everybody's: a release, a server or a picture that fails beside others that do not.
+
+What Triton does is scripted, so that it does it at the right moment; `make chaos` does the same to real ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import grpc
+import pytest
+
+from contract import Golden
+from gateway import supervision
+from gateway.dispatch import Dispatcher, Lane
+from gateway.errors import Failure
+from gateway.fleet import Fleet, Replica
+from gateway.metrics import Metrics
+from gateway.predict import Answer, Asker, Candidate, predict
+from gateway.releases import Known
+from gateway.settings import Settings
+from gateway.supervision import Tasks
+from gateway.triton import Inference, ModelState, TritonError
+from tests.test_outages import GOOD, MANIFEST
+
+GOLDEN = Golden("golden", b"golden", GOOD.label, dict(GOOD.scores))
+SOUND, OTHER = (replace(MANIFEST, number=number, golden=(GOLDEN,), tolerance=0.01) for number in (1, 2))
+POISON = b"poison"
+UNAVAILABLE, INTERNAL = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL
+
+
+def dead(process: str) -> TritonError:
+    return TritonError(INTERNAL, f"in ensemble 'defect-v2', Stub process '{process}' is not healthy.")
+
+
+class Server:
+    """A Triton: `do` is what happens to a call of a release; nothing, and it is answered at once.
+
+    The step that `POISON` ends has two processes, which are asked in turns and stay dead until `heal`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.do: dict[str, Callable[[], Awaitable[None]]] = {}
+        self.calls: Counter[str] = Counter()
+        self.deaths = 0
+        self.late = 0
+        """So many questions are not answered in time."""
+        self.index_error: TritonError | None = None
+        self._alive = [True, True]
+        self._turn = 0
+
+    def heal(self) -> None:
+        self._alive = [True, True]
+
+    async def infer(self, release: str, pictures: Sequence[bytes], _: str, timeout: float) -> list[Inference]:
+        self.calls[release] += 1
+        if release in self.do:
+            try:
+                async with asyncio.timeout(timeout):
+                    await self.do[release]()
+            except TimeoutError:
+                raise TritonError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from None
+        self._turn += 1
+        process = self._turn % 2
+        if not self._alive[process]:
+            raise dead(f"defect_preprocess_0_{process}")
+        if POISON in pictures:
+            await asyncio.sleep(0.01)
+            self._alive[process] = False
+            self.deaths += 1
+            raise dead(f"defect_preprocess_0_{process}")
+        await asyncio.sleep(0)
+        return [GOOD for _ in pictures]
+
+    async def version(self, _: float) -> str:
+        return "2.51.0"
+
+    async def index(self, timeout: float) -> list[ModelState]:
+        if self.late:
+            self.late -= 1
+            await asyncio.sleep(timeout)
+            raise TritonError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+        if self.index_error:
+            raise self.index_error
+        await asyncio.sleep(timeout / 2)
+        return [ModelState(SOUND.name, True, "ready"), ModelState(OTHER.name, True, "ready")]
+
+    async def config(self, name: str, _: float) -> tuple[dict[str, str], int]:
+        return (SOUND if name == SOUND.name else OTHER).to_parameters(), 16
+
+    async def close(self) -> None:
+        pass
+
+
+class World:
+    """A dispatcher in front of these servers, which have both releases."""
+
+    def __init__(self, *servers: Server, **settings: Any) -> None:
+        self.settings = Settings(**{"patience_s": 0.5, "refresh_s": 0.05, "probe_timeout_s": 0.2, **settings})
+        self.servers = servers
+        self.fleet = Fleet(self.settings)
+        self.metrics = Metrics()
+        self.dispatcher = Dispatcher(self.fleet, self.settings, self.metrics)
+        for number, server in enumerate(servers):
+            replica = Replica(f"127.0.0.1:{number + 1}", self.settings, self.fleet._changed)
+            replica.triton = replica.releases._triton = server  # type: ignore[assignment]
+            replica.releases.known = tuple(
+                Known(each.name, each.number, each, "", max_batch=16) for each in (SOUND, OTHER)
+            )
+            replica.releases.triton_version = "2.51.0"
+            replica.has_joined = True
+            self.fleet.replicas.append(replica)
+        self.fleet._changed()
+
+    async def __aenter__(self) -> World:
+        for replica in self.fleet.replicas:
+            await replica.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.dispatcher.close()
+        await self.fleet.close()
+
+    async def ask(self, release: str, picture: bytes = b"picture", seconds: float = 20.0, client: str = "one") -> str:
+        """How a request ended: answered, or the code or status that it failed with."""
+        try:
+            await self.dispatcher.infer(release, picture, "id", client, time.monotonic() + seconds)
+        except Failure as failure:
+            return failure.code
+        except TritonError as error:
+            return error.status.name
+        return "answered"
+
+    async def predict(self, *releases: Any, picture: bytes = b"picture") -> Answer:
+        candidates = [Candidate(release, "stable" if not i else "fallback") for i, release in enumerate(releases)]
+        return await predict(self.dispatcher, candidates, picture, Asker("id", "one", time.monotonic() + 20))
+
+
+async def fails() -> None:
+    raise dead("defect_classifier_0_0")
+
+
+async def hangs() -> None:
+    await asyncio.sleep(3600)
+
+
+# ---- releases ----
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_a_release_whose_step_died_takes_no_other_one_with_it(servers: int) -> None:
+    async def check() -> None:
+        async with World(*(Server() for _ in range(servers))) as world:
+            for server in world.servers:
+                server.do[OTHER.name] = fails
+            broken = [asyncio.create_task(world.ask(OTHER.name)) for _ in range(20)]
+            ends = Counter([await world.ask(SOUND.name) for _ in range(300)])
+            assert ends == {"answered": 300}
+            assert Counter(await asyncio.gather(*broken)) == {"NOT_FOUND": 20}
+            assert all(replica.is_available for replica in world.fleet.replicas)
+            assert await world.ask(SOUND.name) == "answered"
+            with pytest.raises(Failure, match="defect_classifier_0_0"):
+                await world.fleet.require_ready(OTHER.name)
+
+    asyncio.run(check())
+
+
+def test_a_release_that_failed_is_asked_again_once_it_answers_a_golden_picture() -> None:
+    async def check() -> None:
+        async with World(Server(), patience_s=30) as world:
+            (server,) = world.servers
+            server.do[OTHER.name] = fails
+            waiting = [asyncio.create_task(world.ask(OTHER.name)) for _ in range(10)]
+            await asyncio.sleep(0.3)
+            assert world.fleet.is_down(OTHER.name)
+            calls = server.calls[OTHER.name]
+            await asyncio.sleep(0.3)
+            assert server.calls[OTHER.name] - calls <= 4, "golden pictures, less and less often"
+            del server.do[OTHER.name]
+            assert Counter(await asyncio.gather(*waiting)) == {"answered": 10}
+
+    asyncio.run(check())
+
+
+def test_while_a_release_is_down_another_one_is_asked_at_once() -> None:
+    async def check() -> None:
+        async with World(Server(), patience_s=30) as world:
+            world.servers[0].do[OTHER.name] = fails
+            answers = await asyncio.gather(*(world.predict(OTHER, SOUND) for _ in range(20)))
+            assert {(answer.release.name, answer.route) for answer in answers} == {(SOUND.name, "fallback")}
+            assert (await world.predict(OTHER, SOUND)).passed_over is not None
+
+    asyncio.run(check())
+
+
+def test_a_failing_release_spends_no_retries_of_another_one() -> None:
+    async def check() -> None:
+        async with World(Server()) as world:
+            (server,) = world.servers
+
+            async def aborts() -> None:
+                raise TritonError(grpc.StatusCode.ABORTED, "no")
+
+            async def aborts_once() -> None:
+                del server.do[SOUND.name]
+                await aborts()
+
+            server.do[OTHER.name] = aborts
+            await asyncio.gather(*(world.ask(OTHER.name) for _ in range(200)))
+            server.do[SOUND.name] = aborts_once
+            crowd = await asyncio.gather(*(world.ask(SOUND.name) for _ in range(40)))
+            assert crowd.count("ABORTED") <= 1, "one that was alone in its call is not sent again"
+
+    asyncio.run(check())
+
+
+def test_a_release_that_hangs_takes_no_room_of_another_one() -> None:
+    async def check() -> None:
+        async with World(Server(), max_waiting=20) as world:
+            world.servers[0].do[OTHER.name] = hangs
+            hanging = [asyncio.create_task(world.ask(OTHER.name, client="crowd")) for _ in range(100)]
+            await asyncio.sleep(0.05)
+            assert world.dispatcher.waiting >= 20
+            ends = Counter(await asyncio.gather(*(world.ask(SOUND.name) for _ in range(20))))
+            assert ends == {"answered": 20}
+            for task in hanging:
+                task.cancel()
+
+    asyncio.run(check())
+
+
+def test_a_release_that_hangs_with_large_pictures_makes_room_for_another_one() -> None:
+    async def check() -> None:
+        async with World(Server(), max_waiting_bytes=1000, group_bytes=100) as world:
+            world.servers[0].do[OTHER.name] = hangs
+            hanging = [asyncio.create_task(world.ask(OTHER.name, bytes(100), client=f"{i}")) for i in range(30)]
+            await asyncio.sleep(0.05)
+            ends = Counter(await asyncio.gather(*(world.ask(SOUND.name, bytes(50)) for _ in range(8))))
+            assert ends == {"answered": 8}
+            assert world.dispatcher.waiting >= 5, "no more of them had to go than there was need for"
+            for task in hanging:
+                task.cancel()
+
+    asyncio.run(check())
+
+
+# ---- servers ----
+
+
+def test_what_is_lost_with_a_server_is_sent_again_however_much_it_is() -> None:
+    async def check() -> None:
+        async with World(Server(), Server(), max_waiting=1000) as world:
+            lost, _ = world.servers
+            is_gone = asyncio.Event()
+
+            async def goes() -> None:
+                await is_gone.wait()
+                lost.index_error = TritonError(UNAVAILABLE, "failed to connect to all addresses")
+                raise TritonError(UNAVAILABLE, "Socket closed")
+
+            lost.do[SOUND.name] = goes
+            lane = world.dispatcher._lanes[SOUND.name] = Lane(SOUND.name)
+            knee = lane.knees[world.fleet.replicas[0]]
+            knee._limit, knee._is_learning = 60.0, False  # as it is found where calls cost nothing
+            asked = [asyncio.create_task(world.ask(SOUND.name)) for _ in range(600)]
+            await asyncio.sleep(0.05)
+            assert world.fleet.replicas[0].calls * 16 > 300
+            is_gone.set()
+            assert Counter(await asyncio.gather(*asked)) == {"answered": 600}
+            assert [replica.is_available for replica in world.fleet.replicas] == [False, True]
+
+    asyncio.run(check())
+
+
+def test_one_late_answer_ends_no_call_and_two_send_them_elsewhere() -> None:
+    async def check() -> None:
+        async with World(Server(), Server()) as world:
+            late, _ = world.servers
+            slow = world.fleet.replicas[0]
+            answered = asyncio.Event()
+            late.do[SOUND.name] = answered.wait  # type: ignore[assignment]
+            asked = [asyncio.create_task(world.ask(SOUND.name)) for _ in range(2)]
+            await asyncio.sleep(0.02)
+            assert slow.calls == 1
+            late.late = 1
+            while not slow.is_late:
+                await asyncio.sleep(0.005)
+            calls = late.calls[SOUND.name]
+            assert await world.ask(SOUND.name) == await world.ask(SOUND.name) == "answered"
+            assert late.calls[SOUND.name] == calls, "what is new goes to the other one"
+            while slow.is_late:
+                await asyncio.sleep(0.005)
+            assert slow.is_available
+            assert slow.calls == 1, "what it had in work goes on"
+            answered.set()
+            assert await asyncio.gather(*asked) == ["answered"] * 2
+
+            late.do[SOUND.name] = hangs
+            asked = [asyncio.create_task(world.ask(SOUND.name)) for _ in range(4)]
+            late.late = 3
+            assert await asyncio.gather(*asked) == ["answered"] * 4
+            assert not slow.is_available
+            late.do.clear()
+            while not (slow.is_available and not slow.suspicions):
+                await asyncio.sleep(0.01)
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    ("error", "is_gone"),
+    [
+        (dead("defect_classifier_0_0"), False),
+        (TritonError(UNAVAILABLE, "in ensemble 'defect-v2', defect_classifier has no available versions"), False),
+        (TritonError(grpc.StatusCode.NOT_FOUND, "unknown model defect-v2"), False),
+        (TritonError(UNAVAILABLE, "Socket closed"), True),
+        (TritonError(UNAVAILABLE, "recvmsg: Connection reset by peer"), True),
+    ],
+    ids=["a process died", "a step is not loaded", "unloaded", "closed", "reset"],
+)
+def test_only_what_says_that_the_server_is_gone_takes_it_out(error: TritonError, is_gone: bool) -> None:
+    async def check() -> None:
+        async with World(Server()) as world:
+            (server,) = world.servers
+            (replica,) = world.fleet.replicas
+
+            async def once() -> None:
+                server.do[OTHER.name] = hangs
+                if is_gone:
+                    server.index_error = TritonError(UNAVAILABLE, "failed to connect to all addresses")
+                raise error
+
+            server.do[OTHER.name] = once
+            asked = asyncio.create_task(world.ask(OTHER.name))
+            while server.do[OTHER.name] is once:
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(0.05)
+            assert replica.is_available is not is_gone
+            assert OTHER.name in replica.suspicions or error.dead_process, "it may have another process"
+            assert (SOUND.name in replica.suspicions) is is_gone
+            asked.cancel()
+
+    asyncio.run(check())
+
+
+# ---- pictures ----
+
+
+def test_a_picture_that_ends_processes_is_refused_after_the_second_and_remembered() -> None:
+    async def check() -> None:
+        async with World(*(Server() for _ in range(3))) as world:
+            with pytest.raises(Failure) as refused:
+                await world.predict(OTHER, SOUND, picture=POISON)
+            assert refused.value.code == "image_crashes_server"
+            assert sum(server.deaths for server in world.servers) == 2
+            assert all(server.calls[SOUND.name] == 0 for server in world.servers), "another release is not tried"
+            for server in world.servers:
+                server.heal()
+            for release in (OTHER, SOUND):  # they share the step whose process it ended
+                assert await world.ask(release.name, POISON) == "image_crashes_server"
+            assert sum(server.deaths for server in world.servers) == 2
+            assert await world.ask(OTHER.name) == "answered"
+
+    asyncio.run(check())
+
+
+def test_a_picture_that_ends_processes_costs_nobody_else_an_answer() -> None:
+    async def check() -> None:
+        async with World(Server(), patience_s=30) as world:
+            (server,) = world.servers
+            await asyncio.gather(*(world.ask(OTHER.name) for _ in range(40)))  # from now on they share calls
+            asked = [asyncio.create_task(world.ask(OTHER.name, POISON if i == 17 else b"%d" % i)) for i in range(60)]
+            while server.deaths < 2:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            server.heal()
+            assert Counter(await asyncio.gather(*asked)) == {"answered": 59, "image_crashes_server": 1}
+            assert server.deaths == 2
+
+    asyncio.run(check())
+
+
+def test_a_picture_that_only_finds_processes_dead_is_never_blamed() -> None:
+    async def check() -> None:
+        async with World(Server(), patience_s=30) as world:
+            (server,) = world.servers
+            for _ in range(5):
+                server._alive = [False, True]
+                for i in range(12):  # one after the other, so that each is alone in its call
+                    assert await world.ask(OTHER.name, b"%d" % i) == "answered"
+            server._alive = [False, False]
+            asked = [asyncio.create_task(world.ask(OTHER.name, b"%d" % i)) for i in range(12)]
+            await asyncio.sleep(0.3)
+            server.heal()
+            assert Counter(await asyncio.gather(*asked)) == {"answered": 12}
+
+    asyncio.run(check())
+
+
+# ---- background tasks ----
+
+
+def test_a_background_task_goes_on_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "_FIRST_PAUSE_S", 0.001)
+    rounds = []
+
+    async def work() -> bool:
+        rounds.append(1)
+        if len(rounds) % 2:
+            raise ZeroDivisionError
+        return len(rounds) == 6
+
+    async def check() -> None:
+        before = supervision.failures["a test"]
+        tasks = Tasks()
+        tasks.repeat("a test", work)
+        async with asyncio.timeout(10):
+            while len(rounds) < 6:
+                await asyncio.sleep(0.001)
+        await tasks.close()
+        assert supervision.failures["a test"] - before == 3
+
+    asyncio.run(check())
+
+
+def test_a_listener_that_fails_ends_neither_the_others_nor_who_noticed() -> None:
+    async def check() -> None:
+        async with World(Server()) as world:
+            told: list[int] = []
+
+            def fails() -> None:
+                raise ZeroDivisionError
+
+            world.fleet._listeners.insert(0, fails)
+            world.fleet.on_change(lambda: told.append(1))
+            before = supervision.failures["tell of a change"]
+            async with asyncio.timeout(10):
+                while len(told) < 5:  # it is followed all the same
+                    await asyncio.sleep(0.01)
+            assert supervision.failures["tell of a change"] - before >= 5
+            assert await world.ask(SOUND.name) == "answered"
+
+    asyncio.run(check())
+
+
+def test_a_replica_is_followed_though_looking_at_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def check() -> None:
+        async with World(Server()) as world:
+            (server,) = world.servers
+            looked: list[int] = []
+            index = server.index
+
+            async def fails(timeout: float) -> list[ModelState]:
+                looked.append(1)
+                if len(looked) < 3:
+                    raise ZeroDivisionError
+                return await index(timeout)
+
+            monkeypatch.setattr(server, "index", fails)
+            async with asyncio.timeout(10):
+                while len(looked) < 5:
+                    await asyncio.sleep(0.01)
+            assert await world.ask(SOUND.name) == "answered"
+
+    asyncio.run(check())
