@@ -54,12 +54,17 @@ class Router:
 
     def _fill(self, routing: Routing, active: list[Manifest]) -> InForce:
         by_name = {release.name: release for release in active}
-        proven = (release for release in active if release.name not in routing.on_trial)
-        latest = next(proven, active[0] if active else None)
+        shadow = routing.shadow.release if routing.shadow else None
+        # A canary answers already, so it may answer more; a shadow never does.
+        able = [release for release in active if release.name != shadow]
+        proven = (release for release in able if release.name not in routing.on_trial)
+        latest = next(proven, able[0] if able else None)
         stable = latest if routing.stable == LATEST else by_name.get(routing.stable, latest)
         warnings = []
         if stable and routing.stable not in (LATEST, stable.name):
             warnings.append(f"stable {routing.stable} is not active: {stable.name} answers")
+        if stable is None and active:
+            warnings.append(f"{active[0].name} is the shadow, which never answers: no other release is active")
         trials: dict[str, Manifest | None] = {}
         for role, rule in (("canary", routing.canary), ("shadow", routing.shadow)):
             trials[role] = by_name.get(rule.release) if rule else None
@@ -70,7 +75,7 @@ class Router:
                 warnings.append(f"{role} {rule.release} is also the stable release")
         canary = trials["canary"]
         # Should stable fail: what answered before it, and only then what is newer.
-        others = [release for release in active if release not in (stable, canary)]
+        others = [release for release in able if release not in (stable, canary)]
         others.sort(key=lambda each: (stable is not None and each.number < stable.number, each.number), reverse=True)
         return InForce(stable, canary, trials["shadow"], tuple(others), "; ".join(warnings))
 

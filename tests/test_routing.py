@@ -9,16 +9,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.router import draw
+from gateway.catalogue import Catalogue
+from gateway.errors import Failure
+from gateway.router import Router, draw
+from gateway.routing import RoutingFile
 from tests.conftest import ROOT, GatewayProcess, free_endpoint, free_port, wait_for
-from tests.test_outages import predict
+from tests.test_outages import MANIFEST, predict
 from tests.test_problems import IMAGE, assert_problem
 from triton_runtime.server import Endpoint, TritonServer
 
@@ -274,6 +279,40 @@ def test_no_file_at_the_start_means_the_latest(pair_triton: Endpoint, tmp_path: 
         assert (routed.routing()["stable"], routed.routing()["error"]) == ("latest", "")
         routed.write(ON_V1, lambda routing: routing["stable"] == "defect-v1")
         assert routed.ask(jpeg)["model_version"] == "defect-v1"
+
+
+@pytest.mark.parametrize(
+    ("text", "active", "expected"),
+    [
+        ("", (), "no_release"),
+        ('[shadow]\nrelease = "defect-v2"\n', (2,), "no_release"),
+        (ON_V1 + '[shadow]\nrelease = "defect-v2"\n', (2,), "no_release"),
+        (ON_V1 + '[shadow]\nrelease = "defect-v2"\n', (1, 2), "v1 stable"),
+        (ON_V1 + '[shadow]\nrelease = "defect-v3"\n', (2, 3), "v2 stable"),
+        (ON_V1 + '[shadow]\nrelease = "defect-v3"\n', (1, 2, 3), "v1 stable, v2 fallback"),
+        ('[shadow]\nrelease = "defect-v1"\n', (1, 2), "v2 stable"),
+        ('[canary]\nrelease = "defect-v2"\npercent = 0\n[shadow]\nrelease = "defect-v1"\n', (1, 2), "v2 stable"),
+        ('[canary]\nrelease = "defect-v2"\npercent = 100\n[shadow]\nrelease = "defect-v3"\n', (1, 2, 3),
+         "v2 canary, v1 fallback"),
+    ],
+)  # fmt: skip
+def test_a_shadow_never_answers(tmp_path: Path, text: str, active: tuple[int, ...], expected: str) -> None:
+    """Not in the place of the stable release either, whichever of the others are there."""
+    file = tmp_path / "routing.toml"
+    file.write_text(text)
+    catalogue = SimpleNamespace(
+        active=lambda: [replace(MANIFEST, number=number) for number in sorted(active, reverse=True)],
+        triton_version="2.51.0",
+        pipeline="defect",
+    )
+    router = Router(RoutingFile(file, "defect"), cast(Catalogue, catalogue))
+    try:
+        candidates = router.choose(None, {}, {})
+        got = ", ".join(f"v{candidate.release.number} {candidate.route}" for candidate in candidates)
+    except Failure as failure:
+        got = failure.code
+        assert bool(active) == bool(router.in_force().warning)
+    assert got == expected
 
 
 # ---- rollback ----
