@@ -11,8 +11,9 @@ from rich.console import Console
 
 import contract
 from export import candidate, diff, doctor, graph, half, quantize, release, retire, status, watch
+from export.exam import Report
 from export.release import Refused
-from export.repository import RepositoryError
+from export.repository import Candidate, Repository, RepositoryError
 from export.spec import Spec
 
 _EPILOG = """examples:
@@ -88,24 +89,20 @@ def main(arguments: list[str] | None = None) -> int:
         examiner = release.examiner_of(options)
         repository = examiner.repository
         for pipeline in repository.pipelines():
-            repository.reconcile(pipeline)
+            try:
+                repository.reconcile(pipeline)
+            except (RepositoryError, OSError) as error:  # perhaps another pipeline's; if not, it is met again below
+                report(f"trouble: {pipeline}: {error}")
         if options.if_missing and repository.is_complete(options.pipeline):
             return 0
-        if options.onnx:
-            built = candidate.from_onnx(options.onnx, Spec.read(options.spec), repository, report)
-        else:
-            folder = options.checkpoint or options.default_checkpoint
-            built = candidate.from_checkpoint(folder, options.pipeline, repository, report)
-        if options.calibration:
-            built = quantize.int8(built, options.calibration, report)
         if options.precision == "fp16":
-            built = half.fp16(built, options.data or options.golden, report)
             examiner = replace(examiner, rules=half.rules(examiner.rules))
         if options.to:
+            built = _built(options, repository, report)
             options.to.write_bytes(built.steps["classifier"].files["model.onnx"])
             print(options.to)
             return 0
-        published = examiner.release(built, report)
+        published = release.until_current(lambda: examiner.release(_built(options, repository, report), report), report)
     except (candidate.ExportError, graph.GraphError, Refused, RepositoryError, ValueError, OSError) as error:
         console.print(f"not exported: {error}", style="red", markup=False)
         return 1
@@ -116,6 +113,20 @@ def main(arguments: list[str] | None = None) -> int:
         report("everything is in place already")
     print(published.manifest.name)
     return 0
+
+
+def _built(options: argparse.Namespace, repository: Repository, report: Report) -> Candidate:
+    """The candidate that the options describe, with the code of the newest release's other steps."""
+    if options.onnx:
+        built = candidate.from_onnx(options.onnx, Spec.read(options.spec), repository, report)
+    else:
+        folder = options.checkpoint or options.default_checkpoint
+        built = candidate.from_checkpoint(folder, options.pipeline, repository, report)
+    if options.calibration:
+        built = quantize.int8(built, options.calibration, report)
+    if options.precision == "fp16":
+        built = half.fp16(built, options.data or options.golden, report)
+    return built
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Writing into a live model repository: a file or a folder is there whole, or not at all, also after a crash.
 
 Everything is written and flushed in a staging folder beside the repository (same file system, never seen by
-Triton, which takes any folder whose name starts with a digit for a version), and then renamed into place.
+Triton, which takes any folder whose name starts with a digit for a version), and then renamed into place. Everybody
+may read what is written, whatever the umask of who writes (`export.rights`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import mkdtemp
+
+from export import rights
 
 
 class Staging:
@@ -45,7 +48,7 @@ class Staging:
         _write(staged, content)
         if staged.stat().st_mtime_ns <= later_than_ns:
             os.utime(staged, ns=(later_than_ns + 1_000_000_000,) * 2)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make(target.parent)
         os.replace(staged, target)
         _flush(target.parent)
 
@@ -56,14 +59,14 @@ class Staging:
             OSError: `target` exists and is not empty.
         """
         staged = Path(mkdtemp(dir=self.folder)) / target.name
-        staged.mkdir()
+        _make(staged)
         for name, content in files.items():
             path = staged / name
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make(path.parent)
             _write(path, content)
             _flush(path.parent)
         _flush(staged)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make(target.parent)
         os.rename(staged, target)
         _flush(target.parent)
 
@@ -75,13 +78,25 @@ class Staging:
 
 def _empty(folder: Path) -> None:
     for leftover in folder.iterdir():
-        shutil.rmtree(leftover)
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:  # nothing of ours, but it must not be in everybody's way
+            leftover.unlink()
+
+
+def _make(folder: Path) -> None:
+    """Make a folder, and those above it, where there is none."""
+    if not folder.is_dir():
+        _make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        rights.open_up(folder, deep=False)
 
 
 def _write(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
         file.flush()
+        rights.open_up(path)
         os.fsync(file.fileno())
 
 

@@ -110,13 +110,14 @@ def _candidate(
     built_from: str,
     evaluation: dict[str, Any],
 ) -> Candidate:
+    newest = repository.newest(pipeline)  # before its code is read: see Candidate.base
     decisions = {"labels": labels, "thresholds": dict(zip(labels, thresholds, strict=True))}
     steps = {
         "preprocess": repository.template(pipeline, "preprocess").with_file("settings.json", _json({"size": size})),
         "classifier": Step.of_graph(model),
         "postprocess": repository.template(pipeline, "postprocess").with_file("settings.json", _json(decisions)),
     }
-    return Candidate(pipeline, labels, size, steps, built_from, evaluation)
+    return Candidate(pipeline, labels, size, steps, built_from, evaluation, base=newest.name if newest else "")
 
 
 def _compare(

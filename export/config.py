@@ -87,7 +87,7 @@ def parse(text: str) -> pb.ModelConfig:
     """
     try:
         return text_format.Parse(text, pb.ModelConfig())
-    except text_format.ParseError as error:
+    except (text_format.ParseError, RecursionError) as error:
         raise ValueError(f"not a config.pbtxt: {error}") from None
 
 

@@ -6,13 +6,9 @@ files, and the verdict.
 
 from __future__ import annotations
 
-import json
 import os
 import resource
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,19 +17,21 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError
 from pydantic import BaseModel, Field
 
 import contract
 from contract.tables import Table
-from export.examinee import Check, Job
-from export.steps import VERDICT, Step, is_picture
+from export import bounded, rights
+from export.examinee import CHECKS, REQUIRED, Check, Job
+from export.steps import VERDICT, NoModel, Step, is_picture
 
 ROOT = Path(__file__).resolve().parent
 GOLDEN = ROOT / "golden"
 """The pictures that every exam begins with."""
 
 _CLOCK_SLACK_S = 60
+_MOST_DETAIL = 2000
+"""Characters of a cause that a verdict keeps."""
 _FORCIBLE = {"agreement", "accuracy", "cost"}
 """A matter of judgement. What fails the others would break a server or a client, so nothing overrules them."""
 
@@ -73,6 +71,22 @@ class Verdict(BaseModel):
     def summary(self) -> dict[str, Any]:
         """What a release records of it."""
         return {"at": self.at, "forced": self.forced, "checks": {check.name: check.detail for check in self.checks}}
+
+
+class Recorded(BaseModel):
+    """What an examinee measured: the golden answers as of `contract.Golden.to_json`, by picture, and figures."""
+
+    golden: dict[str, dict[str, Any]] = {}
+    evaluation: dict[str, Any] = {}
+
+
+class _Message(BaseModel):
+    """A line of the examinee: one of these."""
+
+    begin: str | None = None
+    progress: str | None = None
+    check: Check | None = None
+    recorded: Recorded | None = None
 
 
 @dataclass(frozen=True)
@@ -115,13 +129,14 @@ def examine(subject: Subject, rules: Rules, report: Report, *, force: bool = Fal
     add(Check(name="files", passed=True, detail="complete, plain and readable"))
     recorded = _run(_job(subject, rules), rules, add, report)
     failed = {check.name for check in checks if not check.passed}
-    forced = bool(failed) and force and failed <= _FORCIBLE
+    # Without a record the process did not end in order, whichever check it was in.
+    forced = bool(failed) and force and failed <= _FORCIBLE and bool(recorded.golden)
     if forced:
         report(f"FORCED: published although it failed {', '.join(sorted(failed))}; the release records it")
     passed = not failed or forced
-    answers = recorded.get("golden", {}) if passed else {}
+    answers = recorded.golden if passed else {}
     return Outcome(
-        Verdict(passed=passed, forced=forced, checks=checks, evaluation=recorded.get("evaluation", {})),
+        Verdict(passed=passed, forced=forced, checks=checks, evaluation=recorded.evaluation),
         tuple(contract.Golden.from_json(name, answer) for name, answer in answers.items()),
     )
 
@@ -132,16 +147,16 @@ def files_problem(step: str, folder: Path) -> str:
     try:
         if folder.is_symlink():
             return f"{place} is a link: copy what it stands for"
+        if rights.is_closed(folder):
+            return f"{place}: {rights.WHY}: {rights.remedy(folder)}"
         paths = list(folder.iterdir())
-        if not os.access(folder, os.R_OK | os.X_OK):
-            raise PermissionError
         for path in paths:
             if path.is_symlink():
                 return f"{place}/{path.name} is a link to {os.readlink(path)}: copy what it stands for"
             if not path.is_file():
                 return f"{place}/{path.name} is no plain file: a version is a folder of files"
-            if not os.access(path, os.R_OK):
-                return f"{place}/{path.name} cannot be read: give the right to"
+            if rights.is_closed(path):
+                return f"{place}/{path.name}: {rights.WHY}: {rights.remedy(folder)}"
             if path.stat().st_mtime > time.time() + _CLOCK_SLACK_S:
                 return f"{place}/{path.name} is dated in the future, so Triton would not see later changes: touch it"
             if path.stat().st_size == 0 and path.name == "model.onnx":
@@ -154,10 +169,10 @@ def files_problem(step: str, folder: Path) -> str:
             return f"{place} holds {', '.join(sorted(names - {wanted}))} beside {wanted}: keep everything in that file"
         if Step.read(folder) is None:
             return f"{place} holds nothing"
-    except DecodeError:
+    except NoModel:
         return f"{place}/model.onnx is no ONNX file, or only a part of one"
     except PermissionError:
-        return f"{place} cannot be read: give the right to"
+        return f"{place}: {rights.WHY}: {rights.remedy(folder)}"
     except OSError as error:
         return f"{place} cannot be read: {error.strerror}"
     return ""
@@ -197,57 +212,92 @@ def _job(subject: Subject, rules: Rules) -> Job:
     )
 
 
-def _run(job: Job, rules: Rules, add: Callable[[Check], None], report: Report) -> dict[str, Any]:
-    """Run the job in a process with limits; the check that it dies in is the one that it did not pass."""
-    running, recorded = "start", {}
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "export.examinee"],
-            cwd=ROOT.parent,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            start_new_session=True,
-            preexec_fn=lambda: _limit(rules),
-        )
-        assert process.stdin and process.stdout
-        alarm = threading.Timer(rules.timeout_s, process.kill)
-        alarm.start()
-        started = time.monotonic()
+class _Protocol:
+    """Takes what the examinee writes, line by line. It is believed as long as it keeps to the order of `CHECKS`."""
+
+    def __init__(self, job: Job, add: Callable[[Check], None], report: Report) -> None:
+        self._add, self._report = add, report
+        self._pictures = {path.name for path in job.pictures}
+        self._left = list(CHECKS)
+        self._begun = False
+        self._given_up = False
+        self.running = "start"
+        self.recorded: Recorded | None = None
+
+    @property
+    def lacking(self) -> str:
+        """What an examinee that ended in order should have said and did not."""
+        if self._given_up or self.recorded:
+            return ""
+        return f"without a word on {self._left[0]}" if self._left else "without a record of its answers"
+
+    def take(self, line: bytes) -> str:
+        """One line; returns what is wrong with it."""
         try:
-            with suppress(BrokenPipeError):
-                process.stdin.write(job.model_dump_json())
-                process.stdin.close()
-            for line in process.stdout:
-                message = json.loads(line)
-                if "begin" in message:
-                    running = message["begin"]
-                    report(f"... {running}")
-                elif "progress" in message:
-                    report(f"... {message['progress']}")
-                elif "check" in message:
-                    add(Check.model_validate(message["check"]))
-                else:
-                    recorded = message["recorded"]
-            status = process.wait()
-        finally:
-            alarm.cancel()
-            process.kill()
-            process.wait()
-        if status:
-            errors.seek(0)
-            last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
-            if time.monotonic() - started >= rules.timeout_s:
-                cause = f"not done after {rules.timeout_s:g} s"
-            elif status < 0:
-                cause = f"the process was ended by signal {-status}"
+            message = _Message.model_validate_json(line)
+            if message.progress is not None:
+                self._report(f"... {message.progress[:_MOST_DETAIL]}")
+            elif message.begin is not None:
+                self._begin(message.begin)
+            elif message.check is not None:
+                self._end(message.check)
+            elif message.recorded is not None:
+                self._record(message.recorded)
             else:
-                cause = f"the process ended with status {status}"
-            add(Check(name=running, passed=False, detail=": ".join([cause, *last])))
-            return {}
-    return recorded
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            text = line[:80].decode(errors="replace")
+            return f"the process wrote what the exam does not ask for: {text!r}"
+        return ""
+
+    def _begin(self, name: str) -> None:
+        if self._begun or self._given_up or self._left[:1] != [name]:
+            raise ValueError(name)
+        self._begun, self.running = True, name
+        self._report(f"... {name}")
+
+    def _end(self, check: Check) -> None:
+        if not self._begun or self._left[0] != check.name:
+            raise ValueError(check.name)
+        self._begun = False
+        del self._left[0]
+        self._given_up = not check.passed and check.name in REQUIRED
+        self._add(check.model_copy(update={"detail": check.detail[:_MOST_DETAIL]}))
+
+    def _record(self, recorded: Recorded) -> None:
+        if self._left or self.recorded or set(recorded.golden) != self._pictures:
+            raise ValueError("recorded")
+        for name, answer in recorded.golden.items():
+            contract.Golden.from_json(name, answer)
+        self.recorded = recorded
+
+
+def _run(job: Job, rules: Rules, add: Callable[[Check], None], report: Report) -> Recorded:
+    """Run the job in a process with limits; the check that it dies in is the one that it did not pass."""
+    protocol = _Protocol(job, add, report)
+    ending = bounded.run(
+        [sys.executable, "-m", "export.examinee"],
+        job.model_dump_json().encode(),
+        rules.timeout_s,
+        protocol.take,
+        folder=ROOT.parent,
+        environment={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        limit=lambda: _limit(rules),
+    )
+    if ending.stopped:
+        cause = ending.stopped
+    elif ending.status is None:
+        cause = f"not done after {rules.timeout_s:g} s"
+    elif ending.status < 0:
+        cause = f"the process was ended by signal {-ending.status}"
+    elif ending.status:
+        cause = f"the process ended with status {ending.status}"
+    elif protocol.lacking:
+        cause = f"the process ended {protocol.lacking}"
+    else:
+        return protocol.recorded or Recorded()
+    add(Check(name=protocol.running, passed=False, detail=": ".join(filter(None, [cause, ending.last[:_MOST_DETAIL]]))))
+    return Recorded()
 
 
 def _limit(rules: Rules) -> None:

@@ -285,7 +285,8 @@ CHECKS: Mapping[str, Callable[[Examinee], str]] = {
     "cost": Examinee.cost,
 }
 """In this order. The first ones decide whether the later ones can run at all."""
-_REQUIRED = ("graph", "signature", "load", "answers")
+REQUIRED = ("graph", "signature", "load", "answers")
+"""The exam ends with one of these that is not passed."""
 
 
 def _tensor(value: onnx.ValueInfoProto) -> tuple[str, list[int | str]]:
@@ -318,7 +319,7 @@ def examine(job: Job, say: Callable[[dict[str, Any]], None]) -> None:
             passed, detail = False, f"{type(error).__name__}: {_line(error)}"
         seconds = round(time.monotonic() - start, 3)
         say({"check": Check(name=name, passed=passed, detail=detail, seconds=seconds).model_dump()})
-        if not passed and name in _REQUIRED:
+        if not passed and name in REQUIRED:
             return
     golden = {
         name: contract.Golden(name, examinee.pictures[name], label, scores).to_json()

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,14 +19,16 @@ from rich.console import Console
 
 import contract
 from contract import Manifest
-from export import config, exam
+from export import config, exam, rights
 from export.atomic import Staging
 from export.exam import GOLDEN, Report, Rules, Verdict
 from export.examinee import Check
-from export.repository import Candidate, Published, Repository, RepositoryError
+from export.repository import Candidate, Overtaken, Published, Repository, RepositoryError
 from export.steps import REPOSITORY, VERDICT, Step
 
 ROOT = Path(__file__).resolve().parent
+_ATTEMPTS = 5
+"""Exams of one candidate where each time another release came or went meanwhile."""
 
 _EPILOG = """examples:
   python -m export release --classifier 4                  the dropped defect_classifier/4, with the newest other steps
@@ -67,10 +69,11 @@ class Examiner:
 
         Raises:
             Refused: it did not pass.
+            Overtaken: while it was examined, the release that it was put together with was followed or retired.
             RepositoryError: the repository is not what its releases say, or the candidate does not fit it.
         """
         if self.repository.published(candidate):
-            return self.repository.publish(candidate, self.serving)
+            return self.repository.publish(candidate, self.serving, new=False)
         self.repository.require_fit(candidate, self.serving)
         with tempfile.TemporaryDirectory(prefix="exam-") as scratch:
             folders = {}
@@ -80,6 +83,7 @@ class Examiner:
                 folders[step].mkdir(parents=True)
                 for name, data in content.files.items():
                     (folders[step] / name).write_bytes(data)
+                rights.open_up(folders[step])
             subject = exam.Subject(
                 folders=folders,
                 current=self._current(candidate.pipeline),
@@ -108,12 +112,12 @@ class Examiner:
             RepositoryError: as for `release`.
         """
         folders = {step: self.repository.step_folder(pipeline, step, number) for step, number in numbers.items()}
+        for folder in folders.values():
+            with suppress(OSError):  # the exam says what cannot be read
+                rights.open_up(folder)
         seen = {step: exam.state_of(folder) for step, folder in folders.items()}
         try:
-            candidate = self._drop(pipeline, numbers)
-            if known := self.repository.published(candidate):
-                self._require_new(known, numbers)
-            published = self.release(candidate, report)
+            published = until_current(lambda: self._release_drop(pipeline, numbers, report), report)
         except Refused as refusal:
             for step, folder in folders.items():
                 write_verdict(self.repository, folder, refusal.verdict.model_copy(update={"seen": seen[step]}))
@@ -121,6 +125,14 @@ class Examiner:
         for folder in folders.values():
             with suppress(OSError):
                 (folder / VERDICT).unlink(missing_ok=True)
+        return published
+
+    def _release_drop(self, pipeline: str, numbers: Mapping[str, int], report: Report) -> Published:
+        candidate = self._drop(pipeline, numbers)
+        if known := self.repository.published(candidate):
+            self._require_new(known, numbers)
+        published = self.release(candidate, report)
+        self._require_new(published.manifest, numbers)  # the same content, published meanwhile
         return published
 
     @staticmethod
@@ -132,7 +144,7 @@ class Examiner:
                 raise Refused.at("new", detail)
 
     def _drop(self, pipeline: str, numbers: Mapping[str, int]) -> Candidate:
-        newest = self._newest(pipeline)
+        newest = self.repository.newest(pipeline)
         if newest is None:
             raise RepositoryError(f"{pipeline} has no release to take the other steps from: export one first")
         steps = {}
@@ -152,18 +164,28 @@ class Examiner:
             built_from=dropped,
             evaluation={},
             numbers={step: numbers.get(step, newest.steps[step].version) for step in contract.STEPS},
+            base=newest.name,
         )
 
-    def _newest(self, pipeline: str) -> Manifest | None:
-        """The newest release whose versions are all there."""
-        sound = (r for r in reversed(self.repository.releases(pipeline)) if not self.repository.lacks(r))
-        return next(sound, None)
-
     def _current(self, pipeline: str) -> dict[str, Path] | None:
-        newest = self._newest(pipeline)
+        newest = self.repository.newest(pipeline)
         if newest is None:
             return None
         return {step: self.repository.step_folder(pipeline, step, pin.version) for step, pin in newest.steps.items()}
+
+
+def until_current(attempt: Callable[[], Published], report: Report) -> Published:
+    """Put together, examine and publish; once more where another release came or went meanwhile.
+
+    Raises:
+        Overtaken: that happened again and again.
+    """
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return attempt()
+        except Overtaken as overtaken:
+            report(f"AGAIN: {overtaken}; it is put together and examined anew")
+    return attempt()
 
 
 def write_verdict(repository: Repository, folder: Path, verdict: Verdict) -> None:

@@ -8,24 +8,37 @@ other way.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError
+from tritonclient.grpc import model_config_pb2 as pb
 
 import contract
 from contract import Manifest, StepPin
-from export import config
+from export import config, rights
 from export.atomic import Staging
-from export.steps import Step
+from export.steps import NoModel, Step
 
 
 class RepositoryError(ValueError):
     """The repository is not what its releases say; the message names the place and what to do."""
+
+
+def told(error: Exception) -> str:
+    """An exception in one line: its type as well, where its text is not written for people."""
+    text = " ".join(str(error).split())
+    if isinstance(error, RepositoryError | OSError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+class Overtaken(RepositoryError):
+    """A release came or went since a candidate was put together: what it takes from the newest one is out of date."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,8 @@ class Candidate:
     """A pipeline that could be published: `size` is the classifier's input side in pixels.
 
     `numbers` are the versions that hold a step's content already; the other steps get one. What the exam found
-    (`exam`, `golden`, `tolerance`: see `contract.Manifest`) is there once it was passed.
+    (`exam`, `golden`, `tolerance`: see `contract.Manifest`) is there once it was passed. `base` is the release that it
+    takes other steps or their code from ("": there was none; None: it takes nothing).
     """
 
     pipeline: str
@@ -46,6 +60,7 @@ class Candidate:
     exam: Mapping[str, Any] = field(default_factory=dict)
     golden: tuple[contract.Golden, ...] = ()
     tolerance: float = 0.0
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,35 @@ RETIRED = "retired.json"
 their numbers are given again nor their versions taken for drops."""
 
 
+# Reading failed, and not because of what was to be read: no reason to take a version out of sight.
+_OURS = {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO}
+
+
+def holds_config(folder: Path) -> bool:
+    """Whether a folder has a config.pbtxt; one that must not be looked into may have, and reading it says so."""
+    try:
+        return (folder / "config.pbtxt").is_file()
+    except PermissionError:
+        return True
+
+
+def _read(path: Path) -> pb.ModelConfig:
+    """A config.pbtxt.
+
+    Raises:
+        RepositoryError: it is none; the message names it.
+        OSError: it cannot be read.
+    """
+    try:
+        return config.parse(path.read_text())
+    except ValueError as error:
+        raise RepositoryError(f"{path}: {error}") from None
+
+
+def _closed(place: Path, deep: bool) -> list[Path]:
+    return rights.closed(place) if deep else [place] * rights.is_closed(place)
+
+
 class Repository:
     """The folder that Triton serves."""
 
@@ -76,8 +120,8 @@ class Repository:
 
     def pipelines(self) -> list[str]:
         """The names of the pipelines that have a release."""
-        names = (contract.parse_release_name(path.parent.name) for path in self.root.glob("*/config.pbtxt"))
-        return sorted({parsed[0] for parsed in names if parsed})
+        parsed = (contract.parse_release_name(path.name) for path in self.root.glob("*-v*") if holds_config(path))
+        return sorted({each[0] for each in parsed if each})
 
     def releases(self, pipeline: str) -> list[Manifest]:
         """The published releases of a pipeline, oldest first.
@@ -86,14 +130,15 @@ class Repository:
             RepositoryError: a release's config.pbtxt cannot be read.
         """
         manifests = []
-        for path in self.root.glob(f"{pipeline}-v*/config.pbtxt"):
-            parsed = contract.parse_release_name(path.parent.name)
-            if parsed is None or parsed[0] != pipeline:
+        for folder in self.root.glob(f"{pipeline}-v*"):
+            parsed = contract.parse_release_name(folder.name)
+            if parsed is None or parsed[0] != pipeline or not holds_config(folder):
                 continue
+            release = _read(folder / "config.pbtxt")
             try:
-                manifests.append(config.manifest_of(path.parent.name, config.parse(path.read_text())))
+                manifests.append(config.manifest_of(folder.name, release))
             except ValueError as error:
-                raise RepositoryError(f"{path}: {error}") from None
+                raise RepositoryError(f"{folder / 'config.pbtxt'}: {error}") from None
         return sorted(manifests, key=lambda manifest: manifest.number)
 
     def release(self, name: str) -> Manifest:
@@ -136,29 +181,50 @@ class Repository:
         releases = self.releases(pipeline)
         return bool(releases) and not self.lacks(releases[-1])
 
+    def newest(self, pipeline: str) -> Manifest | None:
+        """The newest release whose versions are all there."""
+        return next((release for release in reversed(self.releases(pipeline)) if not self.lacks(release)), None)
+
     def lacks(self, release: Manifest) -> dict[str, str]:
-        """The models whose version is not as the release recorded it, and how: "missing" or "edited"."""
-        found = {
-            step: self._digest(self.step_folder(release.pipeline, step, pin.version))
-            for step, pin in release.steps.items()
-        }
+        """The models whose version is not as the release recorded it, and how: "missing", "edited" or "unreadable"."""
         return {
-            contract.step_model(release.pipeline, step): "edited" if found[step] else "missing"
+            contract.step_model(release.pipeline, step): fault
             for step, pin in release.steps.items()
-            if found[step] != pin.digest
+            if (fault := self._fault(release.pipeline, step, pin))
         }
 
+    def _fault(self, pipeline: str, step: str, pin: StepPin) -> str:
+        """What would keep Triton from the version that a release pins; empty where nothing would."""
+        folder = self.step_folder(pipeline, step, pin.version)
+        try:
+            if rights.closed(folder):
+                return "unreadable"
+        except PermissionError:
+            return "unreadable"
+        except (FileNotFoundError, NotADirectoryError):
+            return "missing"
+        digest = self._digest(folder)
+        if digest == pin.digest:
+            return ""
+        return "edited" if digest else "missing"
+
     def _digest(self, folder: Path) -> str:
-        """The digest of a version; empty where there is none. Read again only where a file changed."""
+        """The digest of a version; empty where there is none that can be read. Read again only where a file changed.
+
+        Raises:
+            OSError: this process cannot read just now, whatever lies there: that says nothing of the version.
+        """
         try:
             seen = [(p.name, s.st_size, s.st_mtime_ns, s.st_ino) for p in sorted(folder.glob("*")) for s in [p.stat()]]
             if (known := self._digests.get(folder)) and known[0] == seen:
                 return known[1]
             step = Step.read(folder)
             digest = step.digest if step else ""
-        except DecodeError:
+        except NoModel:
             digest = "unreadable"
-        except OSError:
+        except OSError as error:
+            if error.errno in _OURS:
+                raise
             return ""
         self._digests[folder] = (seen, digest)
         return digest
@@ -179,7 +245,8 @@ class Repository:
             version: [
                 name
                 for name, pins in retired.items()
-                if pins[step] == StepPin(version, self._digest(self.step_folder(pipeline, step, version)))
+                if pins[step].version == version
+                and pins[step].digest == self._digest(self.step_folder(pipeline, step, version))
             ]
             for version in self.versions(pipeline, step)
             if version not in pinned
@@ -205,10 +272,11 @@ class Repository:
                 return found
         raise RepositoryError(f"{self.root} has no defect_{step} to take the code of the step from")
 
-    def publish(self, candidate: Candidate, serving: config.Serving) -> Published:
-        """Publish `candidate` as a release, or complete the release that it already is.
+    def publish(self, candidate: Candidate, serving: config.Serving, *, new: bool = True) -> Published:
+        """Publish `candidate` as a release, or complete the release that it already is; without `new`, only that.
 
         Raises:
+            Overtaken: the newest release is not the candidate's `base` any more, or, without `new`, it is none yet.
             RepositoryError: a published version differs from what its release recorded, or the candidate or
                 the serving settings do not fit the pipeline's earlier releases.
         """
@@ -216,6 +284,8 @@ class Repository:
             releases = self.releases(candidate.pipeline)
             pins = self._pins(candidate, releases)
             known = self._same(candidate, pins, releases)
+            if known is None:
+                self._require_current(candidate, new)
             manifest = known or Manifest(
                 pipeline=candidate.pipeline,
                 number=self._next_number(candidate.pipeline, releases),
@@ -230,6 +300,7 @@ class Repository:
             )
             live = releases if known else [*releases, manifest]
             self.require_fit(candidate, serving)
+            self._require_open(candidate.pipeline)
             written = []
             for step, pin in pins.items():
                 written += self._complete_version(staging, candidate, step, pin)
@@ -246,6 +317,16 @@ class Repository:
                 written.append(folder)
         return Published(manifest, tuple(written))
 
+    def _require_current(self, candidate: Candidate, new: bool) -> None:
+        """With the lock held: whoever published or retired a release meanwhile must not be undone by this one."""
+        newest = self.newest(candidate.pipeline)
+        name = newest.name if newest else ""
+        if candidate.base not in (None, name):
+            was = candidate.base or "no release"
+            raise Overtaken(f"{name or 'no release'} is the newest now, and this was put together with {was}")
+        if not new:
+            raise Overtaken("the release that this was is retired")
+
     def published(self, candidate: Candidate) -> Manifest | None:
         """The release that this candidate is already."""
         releases = self.releases(candidate.pipeline)
@@ -260,13 +341,16 @@ class Repository:
         retired = (contract.parse_release_name(name) for name in self.retired(pipeline))
         return 1 + max([0, *(r.number for r in releases), *(parsed[1] for parsed in retired if parsed)])
 
-    def retire(self, name: str) -> Manifest:
+    def retire(self, name: str, allow: Callable[[], None] = lambda: None) -> Manifest:
         """Take a release back. Its versions stay on disk, where Triton does not see them any more.
+
+        `allow` is asked first, while nobody else publishes or retires: it raises where the release has to stay.
 
         Raises:
             RepositoryError: there is no such release, or it is the pipeline's only one.
         """
         with Staging.beside(self.root) as staging:
+            allow()
             manifest = self.release(name)
             if len(self.releases(manifest.pipeline)) == 1:
                 raise RepositoryError(f"{name} is the only release: publish another one first")
@@ -278,24 +362,82 @@ class Repository:
             self._show_what_is_sound(staging, manifest.pipeline)
         return manifest
 
-    def reconcile(self, pipeline: str) -> list[Path]:
+    def reconcile(self, pipeline: str) -> dict[Path, str]:
         """Show Triton exactly the versions that releases pin and that are what those recorded.
 
-        Finishes what a crash interrupted, and takes out what was removed or edited after it was published: at a cold
-        start it would fail every release. Returns the configurations that were changed.
+        Finishes what a crash interrupted, lets everybody read what is published, and takes out what was removed,
+        edited or closed after it was published: at a cold start it would fail every release. What cannot be mended
+        here is left, for `require_servable` to say. Returns what was changed, and how.
         """
         for step in contract.STEPS:
             self._newest_date(self.root / contract.step_model(pipeline, step))
-        if not self._unsound(pipeline):
-            return []
-        with Staging.beside(self.root) as staging:
-            return self._show_what_is_sound(staging, pipeline)
+        done: dict[Path, str] = {}
+        for place, deep in self._places(pipeline):
+            with contextlib.suppress(OSError):  # not ours to change
+                done |= dict.fromkeys(rights.open_up(place, deep=deep), "everybody may read it now")
+        if self._unsound(pipeline):
+            with Staging.beside(self.root) as staging:
+                done |= self._show_what_is_sound(staging, pipeline)
+        return done
 
-    def _show_what_is_sound(self, staging: Staging, pipeline: str) -> list[Path]:
+    def require_servable(self, pipeline: str) -> None:
+        """What would fail more than one release at Triton's next start, and that `reconcile` could not mend.
+
+        Raises:
+            RepositoryError: the message names every place, and what to do.
+        """
+        problems = []
+        for place, deep in self._places(pipeline):
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # in a closed folder, which is named
+                problems += [f"{path}: {rights.WHY}: {rights.remedy(path)}" for path in _closed(place, deep)]
+        for step in contract.STEPS:
+            path = self.root / contract.step_model(pipeline, step) / "config.pbtxt"
+            try:
+                if path.is_file():
+                    _read(path)
+            except (RepositoryError, OSError) as error:
+                problems.append(str(error))
+        if problems:
+            raise RepositoryError("; ".join(problems))
+
+    def _places(self, pipeline: str) -> Iterator[tuple[Path, bool]]:
+        """Everything that Triton reads for a pipeline, and whether all that is in it belongs to that."""
+        yield self.root, False
+        releases = self.releases(pipeline)
+        for step in contract.STEPS:
+            folder = self.root / contract.step_model(pipeline, step)
+            yield folder, False
+            yield folder / "config.pbtxt", False
+            for version in sorted({release.steps[step].version for release in releases}):
+                yield folder / str(version), True
+        for release in releases:
+            yield self.root / release.name, True
+
+    def _require_open(self, pipeline: str) -> None:
+        """The folders above what is about to be written; what is published beside it has `reconcile`."""
+        for folder in (self.root, *(self.root / contract.step_model(pipeline, step) for step in contract.STEPS)):
+            self._open(folder, deep=False)
+
+    @staticmethod
+    def _open(place: Path, *, deep: bool) -> None:
+        try:
+            rights.open_up(place, deep=deep)
+        except FileNotFoundError:
+            pass  # written in a moment
+        except OSError:
+            raise RepositoryError(f"{place}: {rights.WHY}: {rights.remedy(place)}") from None
+
+    def _show_what_is_sound(self, staging: Staging, pipeline: str) -> dict[Path, str]:
         changed = self._unsound(pipeline)
+        faults = {
+            f"{contract.step_model(pipeline, step)}/{pin.version} is {fault}"
+            for release in self.releases(pipeline)
+            for step, pin in release.steps.items()
+            if (fault := self._fault(pipeline, step, pin))
+        }
         for path, content in changed.items():
             staging.write_file(path, content, later_than_ns=self._newest_date(path.parent))
-        return list(changed)
+        return dict.fromkeys(changed, "; ".join(["shows what is sound", *sorted(faults)]))
 
     def _newest_date(self, folder: Path) -> int:
         """The newest date that Triton may have met in a model's folder, in nanoseconds.
@@ -315,21 +457,24 @@ class Repository:
         changed = {}
         for step, versions in self._sound_versions(pipeline, self.releases(pipeline)).items():
             path = self.root / contract.step_model(pipeline, step) / "config.pbtxt"
-            if not path.is_file() or not versions:
+            if not versions:
                 continue  # an empty list is no valid configuration; there is nothing left to protect
-            rendered = config.parse(path.read_text())
+            try:
+                rendered = _read(path)
+            except (RepositoryError, OSError):
+                continue  # `require_servable` says so, and the other steps are not to suffer
             if sorted(rendered.version_policy.specific.versions) != sorted(versions):
                 rendered.version_policy.specific.versions[:] = sorted(versions)
                 changed[path] = config.render(rendered)
         return changed
 
     def _sound_versions(self, pipeline: str, releases: list[Manifest]) -> dict[str, set[int]]:
-        """By step, the versions that releases pin and whose content is what they recorded."""
+        """By step, the versions that releases pin, whose content is what they recorded, and that Triton can read."""
         return {
             step: {
                 pin.version
                 for pin in (release.steps[step] for release in releases)
-                if self._digest(self.step_folder(pipeline, step, pin.version)) == pin.digest
+                if not self._fault(pipeline, step, pin)
             }
             for step in contract.STEPS
         }
@@ -350,17 +495,18 @@ class Repository:
         for version in sorted(set(on_disk) - set(pinned)):
             try:
                 found = Step.read(self.step_folder(pipeline, step, version))
-            except DecodeError:
+            except NoModel:
                 continue  # somebody's unfinished or broken drop: not ours to touch
             if found and found.digest == content.digest:
                 return StepPin(version, content.digest)
-        return StepPin(max([0, *on_disk, *pinned]) + 1, content.digest)
+        retired = (pins[step].version for pins in self.retired(pipeline).values())
+        return StepPin(max([0, *on_disk, *pinned, *retired]) + 1, content.digest)
 
     def _complete_version(self, staging: Staging, candidate: Candidate, step: str, pin: StepPin) -> list[Path]:
         folder = self.step_folder(candidate.pipeline, step, pin.version)
         try:
             found = Step.read(folder)
-        except DecodeError:
+        except NoModel:
             found = Step({}, "unreadable")
         if found is None:  # absent, or a clone: git does not keep the built model.onnx
             if folder.is_dir():
@@ -368,6 +514,7 @@ class Repository:
             staging.write_folder(folder, candidate.steps[step].files)
             return [folder]
         self._require_unchanged(folder, found, pin)
+        self._open(folder, deep=True)
         return []
 
     @staticmethod
@@ -406,11 +553,14 @@ class Repository:
     def size(self, pipeline: str) -> int:
         """The side, in pixels, of what a published pipeline's classifier takes."""
         path = self.root / contract.step_model(pipeline, "classifier") / "config.pbtxt"
-        return int(config.parse(path.read_text()).input[0].dims[0])
+        try:
+            return int(_read(path).input[0].dims[0])
+        except IndexError:
+            raise RepositoryError(f"{path} does not say what size of picture it takes: write it again") from None
 
     def max_batch_size(self, name: str) -> int:
         """How many pictures a call to a release may carry; its steps must take as many."""
-        return int(config.parse((self.root / name / "config.pbtxt").read_text()).max_batch_size)
+        return int(_read(self.root / name / "config.pbtxt").max_batch_size)
 
     def rendered(self, candidate: Candidate, serving: config.Serving) -> dict[str, str]:
         """The steps' configurations as they would be with this candidate, but for the versions."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import contract
@@ -41,8 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         routing = read_routing(options.routing)
         for name in options.release:
-            _require_unrouted(repository, name, routing)
-            repository.retire(name)
+            repository.retire(name, partial(_require_unrouted, repository, name, routing))
             print(f"retired {name}")
     except (RepositoryError, ValueError, OSError) as error:
         print(f"not retired: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import onnx
+from google.protobuf.message import DecodeError
 
 from export.graph import content_digest
 
@@ -19,6 +20,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
 
 VERDICT = "verdict.json"
 """What the exam says of a dropped version, in its folder; no part of its content."""
+
+
+class NoModel(ValueError):
+    """A model.onnx is no ONNX file, or only a part of one."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +48,17 @@ class Step:
         """The version in `folder`; None where the folder is missing or empty.
 
         Raises:
-            google.protobuf.message.DecodeError: its model.onnx is no ONNX file.
+            NoModel: its model.onnx is no ONNX file.
         """
         paths = [p for p in sorted(folder.glob("[!.]*")) if p.is_file() and p.name != VERDICT]
         if not paths:
             return None
         files = {path.name: path.read_bytes() for path in paths}
         if "model.onnx" in files:
-            return cls(files, content_digest(onnx.load_from_string(files["model.onnx"])))
+            try:
+                return cls(files, content_digest(onnx.load_from_string(files["model.onnx"])))
+            except DecodeError:
+                raise NoModel(f"{folder / 'model.onnx'} is no ONNX file, or only a part of one") from None
         return cls.of_files(files)
 
     def with_file(self, name: str, content: bytes) -> Step:
