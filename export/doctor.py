@@ -7,7 +7,9 @@ any repository; what only releases have (digests, pins) is looked at where there
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +22,9 @@ from rich.console import Console
 from tritonclient.grpc import model_config_pb2 as pb
 
 import contract
-from export import config, graph
-from export.repository import is_version
-from export.steps import REPOSITORY, Step
+from export import config, graph, rights
+from export.repository import holds_config, is_version, told
+from export.steps import REPOSITORY, NoModel, Step
 
 _CLOCK_SLACK_S = 60
 
@@ -45,19 +47,33 @@ def inspect(root: Path) -> list[Finding]:
     """
     found: list[Finding] = list(_entries(root))
     models = {}
-    for folder in sorted(p for p in root.iterdir() if (p / "config.pbtxt").is_file()):
+    for folder in sorted(p for p in root.iterdir() if holds_config(p)):
         try:
             models[folder.name] = config.parse((folder / "config.pbtxt").read_text())
-        except (ValueError, OSError) as error:
-            found.append(_error(f"{folder.name}/config.pbtxt", str(error).splitlines()[0], "write it again"))
+        except Exception as error:  # whatever it is: the other models are looked at
+            found.append(_error(f"{folder.name}/config.pbtxt", told(error), "write it again"))
     for name, model in models.items():
-        found += _folder(root / name)
-        found += _configuration(name, model)
-        if model.HasField("ensemble_scheduling"):
-            found += _ensemble(root, name, model, models)
-        else:
-            found += _versions(root / name, model)
+        try:
+            found += _model(root, name, model, models)
+        except Exception as error:
+            found.append(_error(name, f"cannot be looked at: {told(error)}", "look at it by hand"))
     return sorted(found, key=lambda finding: (finding.severity != "error", finding.place))
+
+
+def above(root: Path) -> list[Finding]:
+    """The folders above the repository that others cannot enter. In a container, they may not matter."""
+    problem = "others cannot enter it, nor reach the repository: a Triton that runs as another user, say"
+    closed = [folder for folder in root.resolve().parents if not folder.stat().st_mode & stat.S_IXOTH]
+    return [_warning(str(folder), problem, f"chmod o+x {folder}") for folder in closed]
+
+
+def _model(root: Path, name: str, model: pb.ModelConfig, models: dict[str, pb.ModelConfig]) -> Iterator[Finding]:
+    yield from _folder(root / name)
+    yield from _configuration(name, model)
+    if model.HasField("ensemble_scheduling"):
+        yield from _ensemble(root, name, model, models)
+    else:
+        yield from _versions(root / name, model)
 
 
 def _error(place: str, problem: str, remedy: str) -> Finding:
@@ -70,23 +86,30 @@ def _warning(place: str, problem: str, remedy: str) -> Finding:
 
 def _entries(root: Path) -> Iterator[Finding]:
     """What lies where: links, dates, rights, byte code."""
+    if rights.is_closed(root):
+        yield _error(".", rights.WHY, rights.remedy(root))
     for folder, names, files in os.walk(root):
         for path in (Path(folder, name) for name in (*names, *files)):
-            place = str(path.relative_to(root))
-            if path.is_symlink():
-                target = Path(os.path.realpath(path))
-                if not target.is_relative_to(root.resolve()) or not target.exists() or path.is_relative_to(target):
-                    yield _error(place, f"a link that leads to {target}", "copy what it stands for")
-                continue
-            if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
-                yield _error(place, "cannot be read", "give Triton's user the right to")
-            elif path.stat().st_mtime > time.time() + _CLOCK_SLACK_S:
-                yield _error(place, "dated in the future: Triton will not see later changes", f"touch {place}")
-            if path.name == "__pycache__":
-                yield _warning(place, "byte code: its appearing makes Triton reload", "remove it; mount read-only")
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                yield from _entry(root, path)
     for path in sorted(root.iterdir()):
-        if path.is_dir() and not (path / "config.pbtxt").is_file():
+        if path.is_dir() and not holds_config(path):
             yield _error(path.name, "a folder without config.pbtxt: Triton fails on it at every poll", "move it out")
+
+
+def _entry(root: Path, path: Path) -> Iterator[Finding]:
+    place = str(path.relative_to(root))
+    if path.is_symlink():
+        target = Path(os.path.realpath(path))
+        if not target.is_relative_to(root.resolve()) or not target.exists() or path.is_relative_to(target):
+            yield _error(place, f"a link that leads to {target}", "copy what it stands for")
+        return
+    if rights.is_closed(path):
+        yield _error(place, rights.WHY, rights.remedy(path))
+    if path.stat().st_mtime > time.time() + _CLOCK_SLACK_S:
+        yield _error(place, "dated in the future: Triton will not see later changes", f"touch {place}")
+    if path.name == "__pycache__":
+        yield _warning(place, "byte code: its appearing makes Triton reload", "remove it; mount read-only")
 
 
 def _folder(folder: Path) -> Iterator[Finding]:
@@ -172,7 +195,7 @@ def _ensemble(root: Path, name: str, model: pb.ModelConfig, models: dict[str, pb
         folder = root / contract.step_model(manifest.pipeline, step_name) / str(pin.version)
         try:
             found = Step.read(folder)
-        except (DecodeError, OSError):
+        except (NoModel, OSError):
             continue  # said above
         if found and found.digest != pin.digest:
             problem = f"is not what {name} recorded: it was edited after it was published"
@@ -186,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse.parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
     try:
-        findings = inspect(options.repository)
+        findings = inspect(options.repository) + above(options.repository)
     except OSError as error:
         console.print(f"error: {error}", markup=False)
         return 1

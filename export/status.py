@@ -13,7 +13,7 @@ from rich.table import Table
 import contract
 from contract.routing import LATEST, Routing
 from export import release as releasing
-from export.repository import Repository, RepositoryError
+from export.repository import Repository, told
 from export.retire import ROUTING, read_routing
 from export.steps import REPOSITORY
 
@@ -61,7 +61,7 @@ def unpinned(repository: Repository, pipeline: str) -> dict[Path, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a table for each pipeline; 1 where a release cannot be read."""
+    """Print a table for each pipeline; 1 where one cannot be read."""
     parse = argparse.ArgumentParser(prog="python -m export status", description=__doc__)
     parse.add_argument("--repository", type=Path, default=REPOSITORY, metavar="DIR", help="default: model_repository")
     parse.add_argument("--routing", type=Path, default=ROUTING, metavar="FILE", help="default: routing/routing.toml")
@@ -74,12 +74,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     try:
         routing = read_routing(options.routing)
-        for pipeline in pipelines:
+    except (ValueError, OSError) as error:
+        console.print(f"error: {error}", markup=False)
+        return 1
+    troubles = 0
+    for pipeline in pipelines:
+        try:
             console.print(table(repository, pipeline, routing))
             for folder, what in unpinned(repository, pipeline).items():
                 place = folder.relative_to(options.repository)
                 console.print(f"not in a release: {place}: {what}", markup=False, soft_wrap=True)
-    except (RepositoryError, ValueError) as error:
-        console.print(f"error: {error}", markup=False)
-        return 1
-    return 0
+            repository.require_servable(pipeline)
+        except Exception as error:  # whatever it is: the other pipelines are shown
+            troubles += 1
+            console.print(f"error: {pipeline}: {told(error)}", markup=False, soft_wrap=True)
+    return 1 if troubles else 0

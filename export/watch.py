@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
 import time
@@ -19,17 +20,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import contract
-from export import exam, release
+from export import exam, release, rights
 from export.exam import Report
 from export.release import Examiner, Refused
-from export.repository import Repository, RepositoryError, is_version
+from export.repository import Repository, is_version, told
 
 _EPILOG = """Writes a JSON object a line: what was seen, each check of an exam, what was published or refused and why.
 Ends with SIGTERM or Ctrl-C.
 """
 
 _RETRY_S = 30.0
-"""After a failure that is not the drop's, a full disk for one."""
+"""After a failure that is no verdict on the drop, a full disk for one."""
+
+_EXAM = "exam"
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Watcher:
         self._seen: dict[Drop, tuple[str, float]] = {}
         self._judged: dict[Drop, str] = {}
         self._strays: set[Path] = set()
-        self._last_error = ""
+        self._troubles: dict[str, str] = {}
 
     @property
     def repository(self) -> Repository:
@@ -70,43 +73,80 @@ class Watcher:
         return self.examiner.repository
 
     def follow(self, seconds: float) -> None:
-        """Look for ever. What goes wrong is said, and tried again."""
+        """Look for ever."""
         while True:
-            try:
-                self.look()
-                self._last_error = ""
-            except (RepositoryError, OSError) as error:
-                if str(error) != self._last_error:
-                    self._event("trouble", error=str(error))
-                self._last_error = str(error)
+            self.look()
             time.sleep(seconds)
 
     def look(self) -> None:
-        """Look once: repair, then examine every drop that has settled."""
-        for pipeline in self.repository.pipelines():
-            for path in self.repository.reconcile(pipeline):
-                self._event("repaired", config=str(path.relative_to(self.repository.root)))
-        self._name_strays()
-        drops = list(self.drops())
-        for gone in set(self._seen) - set(drops):
-            if not self._folder(gone).exists():
-                self._event("gone", drop=gone.name)
-            del self._seen[gone]
-            self._judged.pop(gone, None)
-        for drop in drops:
-            try:
-                if self._has_settled(drop):
-                    self._examine(drop)
-            except FileNotFoundError:
-                continue  # removed while it was looked at
+        """Look once: repair, then examine every drop that has settled.
 
-    def drops(self) -> Iterator[Drop]:
-        """The versions that no release pins, and that no retired one pinned."""
-        for pipeline in self.repository.pipelines():
-            for step in contract.STEPS:
-                for number, retired in self.repository.unpinned(pipeline, step).items():
-                    if not retired:
-                        yield Drop(pipeline, step, number)
+        Whatever goes wrong with a pipeline or a drop is said, once, tried again, and in nobody else's way.
+
+        Raises:
+            SystemExit: nobody takes what is said any more.
+        """
+        pipelines: list[str] | None = None
+        with self._minding("repository"):
+            pipelines = self.repository.pipelines()
+        if pipelines is None:
+            return
+        for drop in [drop for drop in self._seen if drop.pipeline not in pipelines]:
+            self._forget(drop)
+        for pipeline in pipelines:
+            with self._minding("repair", pipeline=pipeline):
+                for path, how in self.repository.reconcile(pipeline).items():
+                    self._event("repaired", path=self._place(path), how=how)
+            with self._minding("state", pipeline=pipeline):
+                self.repository.require_servable(pipeline)
+            with self._minding("strays", pipeline=pipeline):
+                self._name_strays(pipeline)
+            with self._minding("drops", pipeline=pipeline):
+                self._look_at_drops(pipeline)
+
+    def _look_at_drops(self, pipeline: str) -> None:
+        drops = list(self.drops(pipeline))
+        for drop in [drop for drop in self._seen if drop.pipeline == pipeline and drop not in drops]:
+            self._forget(drop)
+        for drop in drops:
+            settled = False
+            with self._minding("look", drop=drop.name), contextlib.suppress(FileNotFoundError):  # just removed
+                settled = self._has_settled(drop)
+            if settled:
+                with self._minding(_EXAM, drop=drop.name):
+                    self._examine(drop)
+
+    def _forget(self, drop: Drop) -> None:
+        if not self._folder(drop).exists():
+            self._event("gone", drop=drop.name)
+        del self._seen[drop]
+        self._judged.pop(drop, None)
+        self._troubles.pop(self._key(_EXAM, drop.name), None)
+
+    @staticmethod
+    def _key(task: str, *what: str) -> str:
+        return " ".join((task, *what))
+
+    @contextlib.contextmanager
+    def _minding(self, task: str, **what: str) -> Iterator[None]:
+        """Say what goes wrong in here, once for as long as it does."""
+        key = self._key(task, *what.values())
+        try:
+            yield
+        except Exception as error:  # whatever it is: the others are not to suffer
+            text = told(error)
+            if self._troubles.get(key) != text:
+                self._troubles[key] = text
+                self._event("trouble", **what, error=text)
+        else:
+            self._troubles.pop(key, None)
+
+    def drops(self, pipeline: str) -> Iterator[Drop]:
+        """The versions of a pipeline that no release pins, and that no retired one pinned."""
+        for step in contract.STEPS:
+            for number, retired in self.repository.unpinned(pipeline, step).items():
+                if not retired:
+                    yield Drop(pipeline, step, number)
 
     def _has_settled(self, drop: Drop) -> bool:
         folder = self._folder(drop)
@@ -120,36 +160,43 @@ class Watcher:
                 self._seen[drop] = (state, now)
                 return False
             self._event("changed" if drop in self._seen else "seen", drop=drop.name)
+            self._troubles.pop(self._key(_EXAM, drop.name), None)
             self._seen[drop] = (state, now)
         return "\n" in state and now - self._seen[drop][1] >= self.settle_s  # an empty folder is none yet
 
     def _examine(self, drop: Drop) -> None:
-        self._event("examining", drop=drop.name)
-        state = self._seen[drop][0]
+        folder = self._folder(drop)
+        with contextlib.suppress(OSError):  # the exam says what cannot be read
+            for path in rights.open_up(folder):
+                self._event("repaired", path=self._place(path), how="everybody may read it now")
+        state = exam.state_of(folder)
+        again = self._key(_EXAM, drop.name) in self._troubles
+        if not again:
+            self._event("examining", drop=drop.name)
 
         def report(line: str) -> None:
-            if not line.startswith("... "):
+            if not again and not line.startswith("... "):
                 self._event("check", drop=drop.name, check=line)
 
+        # Tried again after a while, unless something else happens to it: a full disk is not the drop's fault.
+        self._seen[drop] = (state, time.monotonic() + _RETRY_S)
         try:
             published = self.examiner.release_drop(drop.pipeline, {drop.step: drop.number}, report)
-        except (Refused, RepositoryError) as error:
-            self._event("refused", drop=drop.name, cause=str(error))
+        except Refused as refusal:
+            self._event("refused", drop=drop.name, cause=str(refusal))
             self._judged[drop] = state
-        except OSError as error:
-            self._event("trouble", drop=drop.name, error=str(error))
-            self._seen[drop] = (state, time.monotonic() + _RETRY_S)
         else:
             self._event("published", drop=drop.name, release=published.manifest.name)
 
     def _folder(self, drop: Drop) -> Path:
         return self.repository.step_folder(drop.pipeline, drop.step, drop.number)
 
-    def _name_strays(self) -> None:
+    def _place(self, path: Path) -> str:
+        return str(path.relative_to(self.repository.root))
+
+    def _name_strays(self, pipeline: str) -> None:
         """Say, once, which folders look like versions and are none."""
-        models = [
-            contract.step_model(pipeline, step) for pipeline in self.repository.pipelines() for step in contract.STEPS
-        ]
+        models = {contract.step_model(pipeline, step) for step in contract.STEPS}
         found = {
             path
             for model in models
@@ -157,12 +204,16 @@ class Watcher:
             if not is_version(path.name)
         }
         for path in sorted(found - self._strays):
-            self._event("stray", path=str(path.relative_to(self.repository.root)), cause="not a plain number: ignored")
-        self._strays = found
+            self._event("stray", path=self._place(path), cause="not a plain number: ignored")
+        self._strays = {path for path in self._strays if path.parent.name not in models} | found
 
     def _event(self, event: str, **fields: str) -> None:
         at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        self._say(json.dumps({"time": at, "logger": "export.watch", "event": event, **fields}))
+        line = json.dumps({"time": at, "logger": "export.watch", "event": event, **fields})
+        try:
+            self._say(line)
+        except (OSError, ValueError) as error:  # a closed pipe, a closed file
+            raise SystemExit(f"watch: cannot say what happens: {error}") from error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -188,5 +239,9 @@ def main(arguments: list[str] | None = None) -> int:
     watcher = Watcher(examiner, options.settle_s, lambda line: print(line, flush=True))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # unwind, so that an exam in progress ends too
     with contextlib.suppress(KeyboardInterrupt):
-        watcher.follow(options.every_s)
+        try:
+            watcher.follow(options.every_s)
+        except SystemExit:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes what is left of it
+            raise
     return 0
