@@ -175,7 +175,6 @@ def test_what_cannot_be_opened_is_taken_out_of_sight_and_comes_back(
     shown = tiny.root / "tiny_classifier/config.pbtxt"
     with monkeypatch.context() as patch:
         _forbid_changes(patch)
-        patch.setattr("export.atomic.rights.open_up", lambda *_, **__: [])
         patch.setattr("export.repository.rights.open_up", _not_ours)
         for _ in range(3):
             watcher.look()
