@@ -29,6 +29,7 @@ from gateway.ingest import (
     read_picture,
 )
 from gateway.keys import ApiKeys
+from gateway.memory import Memory
 from gateway.metrics import Metrics
 from gateway.middleware import RequestContext, problem_response
 from gateway.predict import Asker
@@ -50,6 +51,8 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
     """
     service: Service
     metrics, keys = metrics or Metrics(), keys or ApiKeys.of(settings)
+    memory = Memory(settings.max_held_bytes)
+    metrics.observe(memory.gauges)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -93,11 +96,11 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
         state = request.scope["state"]
         request_id, client, log = state["request_id"], state["client"], state["log"]
         asker = Asker(request_id, client.name, budget.deadline(request, settings))
-        with service.predicting:
-            service.rates.spend(client.name, client.rate)
+        with service.predicting, memory.share() as share:
             if not request.scope["query_string"]:  # which may name another release
-                service.require_room(asker)  # before the work of reading
-            picture = await read_picture(request, settings, asker.deadline)
+                service.require_room(asker)  # before the work of reading, and before that costs the client something
+            service.rates.spend(client.name, client.rate)
+            picture = await read_picture(request, settings, asker.deadline, share)
             with budget.Bounded(request):
                 judged = await service.judge(picture, asker, request.headers)
         timing = views.timing(judged, state["started"])
@@ -118,7 +121,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
         "/v1/predict/batch",
         summary="Judge several pictures",
         response_model=schemas.BatchResponse,
-        responses=openapi_responses(*_READ, "rate_limited"),
+        responses=openapi_responses(*_READ, "overloaded", "rate_limited"),
         openapi_extra={
             "requestBody": OPENAPI_BATCH_BODY,
             "parameters": [budget.OPENAPI_PARAMETER],
@@ -129,9 +132,13 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
     async def batch_route(request: Request) -> Response:
         request_id, client = request.state.request_id, request.state.client
         deadline = budget.deadline(request, settings)
-        with service.predicting:
-            items = await read_batch(request, settings, deadline)
-            service.rates.spend(client.name, client.rate, len(items))
+        with service.predicting, memory.share() as share:
+            service.rates.spend(client.name, client.rate)
+
+            def counted(items: int) -> None:
+                service.rates.lend(client.name, client.rate, items - 1)
+
+            items = await read_batch(request, settings, deadline, share, counted)
 
             async def result(i: int, item: Picture | Failure) -> schemas.BatchAnswer | schemas.BatchProblem:
                 asker = Asker(f"{request_id}-{i}", client.name, deadline)

@@ -75,7 +75,7 @@ class Bounded:
         """Makes the failure that the block ended with. A failure kept here would be part of a circle: with it comes
         where it was raised, with the variables there, and so the picture."""
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Bounded:
         """Begin the block."""
         if self._departure.has_happened:
             raise _gone()
@@ -85,6 +85,7 @@ class Bounded:
         self._departure.then = self._on_departure
         if self._seconds is not None:
             self._timer = asyncio.get_running_loop().call_later(max(0.0, self._seconds), self._on_time)
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -97,13 +98,14 @@ class Bounded:
             raise self._why() from None
 
     def _on_departure(self) -> None:
-        self._end(_gone)
+        self.end(_gone)
 
     def _on_time(self) -> None:
         assert self._late is not None
-        self._end(self._late)
+        self.end(self._late)
 
-    def _end(self, why: Callable[[], Failure]) -> None:
+    def end(self, why: Callable[[], Failure]) -> None:
+        """End the block before its time, with what `why` makes."""
         if self._why is None:
             self._why = why
             self._task.cancel()

@@ -1,28 +1,34 @@
 """The body of a request, in any of its forms, to a picture, or where it is, and its metadata.
 
-Bounded in size and time; nothing is written to disk. A body is read up to its limit and no further.
+Bounded in size and time, and in what all bodies hold together; nothing is written to disk. A body is read up to its
+limit and no further. However large it is, and whatever is in it, other requests go on meanwhile: what takes long is
+done in pieces (forms.py, cutting.py).
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
+import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from io import BytesIO
 
 from pydantic import TypeAdapter, ValidationError
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from gateway import budget
+from gateway.cutting import Cut
 from gateway.errors import Failure
+from gateway.forms import Form
+from gateway.memory import Share
 from gateway.schemas import ONE_PICTURE, BatchRequest, Metadata, PredictRequest
 from gateway.settings import Settings
 
 _METADATA: TypeAdapter[Metadata] = TypeAdapter(Metadata)
+_REST = 2**17
+"""Bytes of JSON that are parsed at once beside the pictures of a request, and what its metadata may need: indentation,
+and a location. More is nothing that a client of this contract has a use for."""
 
 OPENAPI_REQUEST_BODY = {
     "required": True,
@@ -78,36 +84,46 @@ class Picture:
     pin: str | None = None
     url: str | None = None
     """Where `data` is to be fetched from; None where the request carried it."""
+    share: Share | None = None
+    """What the request holds: what is fetched counts, too."""
 
 
-async def read_picture(request: Request, settings: Settings, deadline: float) -> Picture:
+async def read_picture(request: Request, settings: Settings, deadline: float, share: Share) -> Picture:
     """Read one picture, or where it is, from a request, until `deadline` (monotonic seconds) at the latest.
 
+    What it takes of the memory is the request's `share`.
+
     Raises:
-        Failure: the body is missing, too large, too slow, of a type that is not taken, or malformed.
+        Failure: the body is missing, too large, too slow, of a type that is not taken, or malformed; or there are too
+            many others.
     """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = request.headers.get("content-type", "")
+    media_type = content_type.partition(";")[0].strip().lower()
     if not media_type and request.headers.get("content-length", "0") == "0":
         raise Failure("missing_body", "neither a body nor a content type was sent")
-    if media_type not in ("application/json", "multipart/form-data") and not media_type.startswith("image/"):
-        raise Failure("unsupported_media_type", f"{media_type[:100] or 'no content type'} is not taken")
-    body = await _read_body(request, settings, deadline)
-    if not body:
-        raise Failure("missing_body", "the body is empty")
-    if media_type == "application/json":
-        picture = _from_json(body)
-    elif media_type == "multipart/form-data":
-        picture = await _from_form(request, body)
+    if media_type == "multipart/form-data":
+        rest = _rest(settings, 1)
+        limits = {"image": settings.max_body_bytes, "image_url": rest, "metadata": rest, "model_version": rest}
+        form = Form(content_type, limits)
+        await _read(request, settings, deadline, share, form.write)
+        picture = _from_form(form, share)
+    elif media_type == "application/json" or media_type.startswith("image/"):
+        body = await _read_whole(request, settings, deadline, share)
+        picture = Picture(body, {}) if media_type != "application/json" else await _from_json(body, settings, share)
     else:
-        picture = Picture(body, {})
+        raise Failure("unsupported_media_type", f"{media_type[:100] or 'no content type'} is not taken")
     _require_small(picture.metadata, settings.max_metadata_bytes)
     if not request.scope["query_string"]:
         return picture
     return replace(picture, pin=_one_pin(request.query_params.getlist("model_version"), picture.pin))
 
 
-async def read_batch(request: Request, settings: Settings, deadline: float) -> list[Picture | Failure]:
+async def read_batch(
+    request: Request, settings: Settings, deadline: float, share: Share, counted: Callable[[int], None]
+) -> list[Picture | Failure]:
     """Read several pictures, or where they are; what is wrong with one of them is told in its place.
+
+    `counted` is called with their number, before any of them is looked at, and may raise a `Failure`.
 
     Raises:
         Failure: as `read_picture`, for what is wrong with the whole.
@@ -115,27 +131,42 @@ async def read_batch(request: Request, settings: Settings, deadline: float) -> l
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise Failure("unsupported_media_type", f"{media_type[:100] or 'no content type'} is not taken")
-    body = await _read_body(request, settings, deadline)
-    if not body:
-        raise Failure("missing_body", "the body is empty")
+    body = await _read_whole(request, settings, deadline, share)
+    cut = Cut(body, _rest(settings, settings.max_items))
     try:
-        items = BatchRequest.model_validate_json(body).items
+        items = BatchRequest.model_validate_json(cut.rest).items
     except ValidationError as error:
         raise _json_failure(error) from None
     if len(items) > settings.max_items:
         raise Failure("invalid_request", f"items: {len(items):,} are more than {settings.max_items:,}")
-    return [_item(item, settings) for item in items]
+    counted(len(items))
+    pictures = [await _item(item, cut, settings, share) for item in items]
+    share.give_back(len(body))
+    return pictures
 
 
-def _item(item: object, settings: Settings) -> Picture | Failure:
+def _rest(settings: Settings, items: int) -> int:
+    """How many bytes of JSON there may be beside the pictures of so many items."""
+    return _REST + items * (8 * 2**10 + 2 * settings.max_metadata_bytes)
+
+
+async def _item(item: object, cut: Cut, settings: Settings, share: Share) -> Picture | Failure:
+    await asyncio.sleep(0)  # each takes its time
     try:
-        picture = _picture(PredictRequest.model_validate(item))
+        if isinstance(item, dict) and (unknown := _unknown_field(item)):
+            raise Failure("invalid_request", f"{unknown[:100]}: there is no such field")
+        picture = await _picture(PredictRequest.model_validate(item), cut, share)
         _require_small(picture.metadata, settings.max_metadata_bytes)
         return picture
     except ValidationError as error:
         return _json_failure(error)
     except Failure as failure:
         return failure
+
+
+def _unknown_field(item: dict[str, object]) -> str | None:
+    """The first one. Pydantic would tell all of them, which is slow where they are many."""
+    return next((name for name in item if name not in PredictRequest.model_fields), None)
 
 
 def _one_pin(in_query: list[str], in_body: str | None) -> str | None:
@@ -147,43 +178,61 @@ def _one_pin(in_query: list[str], in_body: str | None) -> str | None:
     return next(iter(pins), None)
 
 
-async def _read_body(request: Request, settings: Settings, deadline: float) -> bytes:
+async def _read_whole(request: Request, settings: Settings, deadline: float, share: Share) -> bytes:
+    body = BytesIO()
+
+    async def write(data: bytes) -> None:
+        body.write(data)
+
+    await _read(request, settings, deadline, share, write)
+    return body.getvalue()  # without a copy, as this is the only reference to it
+
+
+async def _read(
+    request: Request, settings: Settings, deadline: float, share: Share, write: Callable[[bytes], Awaitable[None]]
+) -> None:
+    """Hand the body on as it comes."""
     limit = settings.max_body_bytes
     declared = request.headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and int(declared) > limit:
-        raise _too_large(limit)
-    chunks: list[bytes] = []
+    if declared.isascii() and declared.isdigit():
+        if int(declared) > limit:
+            raise _too_large(limit)
+        share.require(int(declared))
     size = 0
     seconds = min(settings.body_timeout_s, deadline - time.monotonic())
-    with budget.Bounded(
-        request, seconds, late=lambda: Failure("body_timeout", f"{size:,} bytes came within {seconds:.3g} s")
-    ):
+
+    def late() -> Failure:
+        return Failure("body_timeout", f"{size:,} bytes came within {seconds:.3g} s")
+
+    with budget.Bounded(request, seconds, late) as bounded, share.growing(bounded.end):
         async for chunk in request.stream():
             size += len(chunk)
             if size > limit:
                 raise _too_large(limit)
-            chunks.append(chunk)
-    return b"".join(chunks)
+            share.take(len(chunk))
+            await write(chunk)
+    if not size:
+        raise Failure("missing_body", "the body is empty")
 
 
 def _too_large(limit: int) -> Failure:
     return Failure("body_too_large", f"the limit is {limit:,} bytes")
 
 
-def _from_json(body: bytes) -> Picture:
+async def _from_json(body: bytes, settings: Settings, share: Share) -> Picture:
+    cut = Cut(body, _rest(settings, 1))
     try:
-        return _picture(PredictRequest.model_validate_json(body))
+        picture = await _picture(PredictRequest.model_validate_json(cut.rest), cut, share)
     except ValidationError as error:
         raise _json_failure(error) from None
+    share.give_back(len(body))
+    return picture
 
 
-def _picture(request: PredictRequest) -> Picture:
+async def _picture(request: PredictRequest, cut: Cut, share: Share) -> Picture:
     if "image_url" in request.model_fields_set:
-        return Picture(b"", request.metadata, request.model_version, request.image_url)
-    try:
-        return Picture(base64.b64decode(request.image, validate=True), request.metadata, request.model_version)
-    except (binascii.Error, ValueError) as error:
-        raise Failure("invalid_base64", f"image: {error}") from None
+        return Picture(b"", request.metadata, request.model_version, request.image_url, share)
+    return Picture(await cut.decode(request.image, share), request.metadata, request.model_version)
 
 
 def _json_failure(error: ValidationError) -> Failure:
@@ -206,41 +255,30 @@ def _metadata_failure(error: ValidationError) -> Failure:
     return Failure("invalid_metadata", f"metadata.{path[0][:64]}: expected {expected}")
 
 
-class _FormParser(MultiPartParser):
-    spool_max_size = 2**31  # the body is in memory already, and bounded: never spill to disk
-
-
-async def _from_form(request: Request, body: bytes) -> Picture:
-    async def stream() -> AsyncGenerator[bytes, None]:
-        yield body
-        yield b""
-
-    try:
-        parser = _FormParser(request.headers, stream(), max_files=4, max_fields=4, max_part_size=len(body))
-        form = await parser.parse()
-    except (MultiPartException, KeyError, ValueError) as error:
-        raise Failure("invalid_multipart", getattr(error, "message", None) or "the form cannot be parsed") from None
-    names = [name for name, _ in form.multi_items()]
+def _from_form(form: Form, share: Share) -> Picture:
+    names = [part.name for part in form.parts]
     if unknown := sorted(set(names) - {"image", "image_url", "metadata", "model_version"}):
         raise Failure("invalid_request", f"unknown part: {unknown[0][:100]}")
     if len(set(names)) != len(names):
         raise Failure("invalid_request", "a part was sent twice")
-    image, url, metadata = form.get("image"), form.get("image_url"), form.get("metadata")
+    parts = {part.name: part for part in form.parts}
+    image, url = parts.get("image"), parts.get("image_url")
     if (image is None) == (url is None):
         raise Failure("invalid_request", "exactly one of the parts 'image' and 'image_url' is needed")
-    if isinstance(image, str):
+    if image and not image.is_file:
         raise Failure("invalid_request", "the part 'image' is no file (it needs a filename)")
-    if isinstance(url, UploadFile):
-        raise Failure("invalid_request", "the part 'image_url' is text, not a file")
-    text = (await metadata.read()) if isinstance(metadata, UploadFile) else metadata
-    pin = form.get("model_version")
-    if isinstance(pin, UploadFile):
-        raise Failure("invalid_request", "the part 'model_version' is text, not a file")
-    data = b"" if image is None else await image.read()
-    return Picture(data, _parse_metadata(text) if text else {}, pin, url)
+    for name in ("image_url", "model_version"):
+        if name in parts and parts[name].is_file:
+            raise Failure("invalid_request", f"the part '{name}' is text, not a file")
+    pin = parts["model_version"].text() if "model_version" in parts else None
+    text = parts["metadata"].text() if "metadata" in parts else ""
+    metadata = _parse_metadata(text) if text else {}
+    if url is not None:
+        return Picture(b"", metadata, pin, url.text(), share)
+    return Picture(image.content.getvalue() if image else b"", metadata, pin)
 
 
-def _parse_metadata(text: str | bytes) -> Metadata:
+def _parse_metadata(text: str) -> Metadata:
     try:
         return _METADATA.validate_json(text)
     except ValidationError as error:

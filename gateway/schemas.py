@@ -6,12 +6,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     FiniteFloat,
     StrictBool,
     StrictInt,
     StrictStr,
+    TypeAdapter,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -19,10 +21,24 @@ from pydantic_core import PydanticCustomError
 from contract.routing import Canary, Shadow
 from gateway.errors import Fault, Problem, Step
 
-MetadataValue = Annotated[StrictStr, Field(max_length=1024)] | StrictBool | StrictInt | FiniteFloat | None
+MAX_VALUE = 1024
+"""Characters of a string in the metadata."""
+MetadataValue = Annotated[StrictStr, Field(max_length=MAX_VALUE)] | StrictBool | StrictInt | FiniteFloat | None
 State = Literal["ready", "unavailable"]
 Role = Literal["stable", "canary", "shadow"]
-Metadata = dict[Annotated[str, Field(min_length=1, max_length=64)], MetadataValue]
+_Entries = dict[Annotated[str, Field(min_length=1, max_length=64)], MetadataValue]
+_ENTRIES: TypeAdapter[_Entries] = TypeAdapter(_Entries)
+
+
+def _stop_at_the_first(value: object) -> object:
+    """Pydantic tells all that is wrong: a second and many megabytes for a thousandth of what a body may hold."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            _ENTRIES.validate_python({key: entry})
+    return value
+
+
+Metadata = Annotated[_Entries, BeforeValidator(_stop_at_the_first)]
 
 
 _BASE64 = "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{4}|[A-Za-z0-9+/]{3}=|[A-Za-z0-9+/]{2}==)$"

@@ -125,7 +125,7 @@ class Service:
         candidates = self.router.choose(picture.pin, picture.metadata, headers)
         data, asked = picture.data, time.monotonic()
         if picture.url is not None:
-            data = await self.fetcher.fetch(picture.url, asker.deadline - asked)
+            data = await self.fetcher.fetch(picture.url, asker.deadline - asked, picture.share)
         began = time.monotonic()
         answer = await predict(self.dispatcher, candidates, data, asker)
         return Judged(answer, data, picture.metadata, began, time.monotonic(), began - asked)

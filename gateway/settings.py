@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 import contract
@@ -63,6 +63,8 @@ class Settings(BaseSettings):
     """Time to receive a request's body."""
     max_body_bytes: int = Field(default=20 * 2**20, ge=1024, le=2**30)
     """Largest request body, and largest picture by location; base64 makes a picture a third larger."""
+    max_held_bytes: int = Field(default=512 * 2**20, validate_default=True)
+    """Most that requests hold of bodies and pictures together, from the first byte to the answer."""
     max_metadata_bytes: int = Field(default=4096, ge=2, le=2**20)
     """Largest `metadata`, written as compact JSON."""
     image_hosts: str = ""
@@ -101,6 +103,14 @@ class Settings(BaseSettings):
     """Time for requests in flight when the gateway is stopped."""
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
     """Least severe log lines that are written."""
+
+    @field_validator("max_held_bytes")
+    @classmethod
+    def _has_room_for_a_body(cls, value: int, info: ValidationInfo) -> int:
+        largest = info.data.get("max_body_bytes", 0)
+        if value < 2 * largest:  # as text, and decoded
+            raise ValueError(f"must be at least twice GATEWAY_MAX_BODY_BYTES, {2 * largest}")
+        return value
 
     @field_validator("image_hosts")
     @classmethod

@@ -158,7 +158,7 @@ def test_every_code_of_the_preprocessing_is_in_the_table() -> None:
 @pytest.mark.parametrize("headers", [JSON, IMAGE, BOUNDARY])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_fifty_megabytes_are_refused(client: httpx.Client, headers: dict[str, str], chunked: bool) -> None:
-    data = bytes(50 * 2**20)
+    data = (part("image", b"", "p.jpg")[:-2] if headers is BOUNDARY else b"") + bytes(50 * 2**20)
     pieces = (data[i : i + 2**16] for i in range(0, len(data), 2**16))
     response = client.post("/v1/predict", content=pieces if chunked else data, headers=headers)
     assert_problem(response, "body_too_large")

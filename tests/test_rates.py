@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
@@ -71,11 +72,43 @@ def test_a_rate_that_changes_holds_from_then_on() -> None:
 
 
 def test_the_pictures_of_one_request_are_lent_and_earned_back() -> None:
-    clock = [0.0]
-    rates = Rates(now=lambda: clock[0])
-    rates.spend("scanner", 2.0, pictures=9)
+    clock = Clock()
+    rates = Rates(clock)
+    rates.spend("scanner", 2.0)
+    rates.lend("scanner", 2.0, 8)
     with pytest.raises(Failure) as caught:
         rates.spend("scanner", 2.0)
     assert caught.value.retry_after == 4  # seven owed, and one more
-    clock[0] = 4.0
+    clock.now += 4.0
     rates.spend("scanner", 2.0)
+
+
+def test_one_request_at_a_time_is_lent_to_and_who_is_refused_owes_no_more() -> None:
+    clock = Clock()
+    rates = Rates(clock)
+    for _ in range(5):  # as many as a second earns, all at once
+        rates.spend("scanner", 5.0)
+    rates.lend("scanner", 5.0, 31)
+    for _ in range(4):
+        with pytest.raises(Failure, match="rate_limited") as caught:
+            rates.lend("scanner", 5.0, 31)
+        assert caught.value.retry_after == 7  # 31 owed, and one more
+    clock.now += 7
+    rates.spend("scanner", 5.0)
+    rates.lend("scanner", None, 1000)
+
+
+def test_in_the_long_run_batches_get_the_rate_however_they_come() -> None:
+    clock = Clock()
+    rates, chance = Rates(clock), random.Random(2)
+    pictures = 0
+    for _ in range(20_000):
+        clock.now += chance.expovariate(1.0)
+        together = chance.randrange(1, 5)
+        begun = sum(is_let_in(rates, "scanner", 4) for _ in range(together))
+        for _ in range(begun):
+            with contextlib.suppress(Failure):
+                rates.lend("scanner", 4, 31)
+                pictures += 31
+            pictures += 1
+    assert 0.9 < pictures / (4 * (clock.now - 1000)) < 1.01  # what is earned while it is quiet for long is lost

@@ -13,37 +13,33 @@ from typing import TYPE_CHECKING
 
 from gateway.errors import Failure
 from gateway.fetch.location import StoredObject
+from gateway.fetch.taken import Taken
 
 if TYPE_CHECKING:
     from obstore.store import GCSStore, S3Store
 
 
-async def get(location: StoredObject, limit: int) -> bytes:
-    """Fetch at most `limit` bytes. The caller limits the time.
+async def get(location: StoredObject, taken: Taken) -> bytes:
+    """Fetch into `taken`. The caller limits the time.
 
     Raises:
-        Failure: fetch_failed, fetch_too_large or fetch_not_installed.
+        Failure: fetch_failed, fetch_too_large, fetch_not_installed or overloaded.
     """
     try:
         from obstore.exceptions import BaseError
     except ModuleNotFoundError as error:
         raise Failure("fetch_not_installed", f"{location.scheme}:// needs the package obstore") from error
-    too_large = Failure("fetch_too_large", f"the limit is {limit:,} bytes")
     try:
         found = await _store(location.scheme, location.bucket).get_async(location.key)
-        if found.meta["size"] > limit:
-            raise too_large
-        body = bytearray()
+        taken.require(found.meta["size"])
         async for chunk in found.stream(min_chunk_size=2**16):
-            if len(body) + len(chunk) > limit:
-                raise too_large
-            body += chunk
+            taken.write(memoryview(chunk))
     except FileNotFoundError as error:
         raise Failure("fetch_failed", f"{location.origin} has no such object") from error
     except (BaseError, OSError) as error:
         # Its message names the endpoint and more: not for clients.
         raise Failure("fetch_failed", f"{location.origin} did not give the object ({type(error).__name__})") from error
-    return bytes(body)
+    return taken.all()
 
 
 @functools.cache

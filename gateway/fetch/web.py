@@ -19,6 +19,7 @@ import httpcore
 from gateway import __version__
 from gateway.errors import Failure
 from gateway.fetch.location import Address, Web
+from gateway.fetch.taken import Taken
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _NO_CONNECTION = (httpcore.NetworkError, httpcore.TimeoutException)
@@ -34,11 +35,11 @@ class Redirect:
     location: str
 
 
-async def get(location: Web, addresses: Sequence[Address], tls: ssl.SSLContext, limit: int) -> bytes | Redirect:
-    """Fetch at most `limit` bytes. The certificate must be the host's. The caller limits the time.
+async def get(location: Web, addresses: Sequence[Address], tls: ssl.SSLContext, taken: Taken) -> bytes | Redirect:
+    """Fetch into `taken`. The certificate must be the host's. The caller limits the time.
 
     Raises:
-        Failure: fetch_failed, fetch_unsupported or fetch_too_large.
+        Failure: fetch_failed, fetch_unsupported, fetch_too_large or overloaded.
     """
     host, scheme, target = (part.encode("ascii") for part in (location.host, location.scheme, location.target))
     headers: dict[bytes | str, bytes | str] = {
@@ -54,14 +55,14 @@ async def get(location: Web, addresses: Sequence[Address], tls: ssl.SSLContext, 
     url = httpcore.URL(scheme=scheme, host=host, port=location.port, target=target)
     try:
         async with connection, connection.stream("GET", url, headers=headers) as response:
-            return await _read(location, response, limit)
+            return await _read(location, response, taken)
     except (*_NO_CONNECTION, httpcore.ProtocolError, ssl.SSLError) as error:
         # Only what TLS says is told: an operating system's message may name an address of this network.
         reason = f": {error}" if isinstance(error.__context__, ssl.SSLError) else f" ({type(error).__name__})"
         raise Failure("fetch_failed", f"{location.origin} gave no answer{reason}") from error
 
 
-async def _read(location: Web, response: httpcore.Response, limit: int) -> bytes | Redirect:
+async def _read(location: Web, response: httpcore.Response, taken: Taken) -> bytes | Redirect:
     # A header that was sent twice is joined, so that no second value hides behind a good first one.
     headers: dict[str, str] = {}
     for raw_name, raw_value in response.headers:
@@ -76,16 +77,12 @@ async def _read(location: Web, response: httpcore.Response, limit: int) -> bytes
         raise Failure("fetch_unsupported", f"{location.origin} sent {kind[:64] or 'no content type'}, not image/*")
     if (encoding := headers.get("content-encoding", "identity").strip().lower()) != "identity":
         raise Failure("fetch_unsupported", f"{location.origin} sent it compressed ({encoding[:64]})")
-    too_large = Failure("fetch_too_large", f"the limit is {limit:,} bytes")
     declared = headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise too_large
-    body = bytearray()
+    if declared.isdigit():
+        taken.require(int(declared))
     async for chunk in response.aiter_stream():
-        if len(body) + len(chunk) > limit:
-            raise too_large
-        body += chunk
-    return bytes(body)
+        taken.write(chunk)
+    return taken.all()
 
 
 class _Pinned(httpcore.AnyIOBackend):

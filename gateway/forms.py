@@ -1,0 +1,121 @@
+"""A form, read as it comes: what arrived is parsed at once, piece by piece, and only what is wanted of it is kept."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from io import BytesIO
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from gateway.errors import Failure
+
+_PIECE = 2**16
+"""So many bytes are parsed at once: a few milliseconds, should they be made to look like boundaries."""
+_MAX_PARTS = 8
+
+
+@dataclass
+class Part:
+    """A part of a form; `is_file` where it came with a file name."""
+
+    name: str = ""
+    is_file: bool = False
+    limit: int = 0
+    """The most bytes that are kept; 0: none."""
+    content: BytesIO = field(default_factory=BytesIO)
+
+    def text(self) -> str:
+        """The content as text."""
+        try:
+            return self.content.getvalue().decode()
+        except UnicodeDecodeError:
+            return self.content.getvalue().decode("latin-1")
+
+
+class Form:
+    """Write the body into it; `parts` are those that are complete.
+
+    Args:
+        content_type: the header, with the boundary.
+        limits: the most bytes of each part, by its name. Of others nothing is kept, nor of a second one.
+
+    Raises:
+        Failure: invalid_multipart; for a part over its limit invalid_metadata or invalid_request.
+    """
+
+    def __init__(self, content_type: str, limits: Mapping[str, int]) -> None:
+        boundary = parse_options_header(content_type)[1].get(b"boundary")
+        if not boundary:
+            raise Failure("invalid_multipart", "the content type has no boundary")
+        self.parts: list[Part] = []
+        self._limits = dict(limits)
+        self._part = Part()
+        self._begun = 0
+        self._name, self._value, self._disposition = bytearray(), bytearray(), b""
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._on_begin,
+                    "on_header_field": self._on_header_name,
+                    "on_header_value": self._on_header_value,
+                    "on_header_end": self._on_header,
+                    "on_headers_finished": self._on_headers,
+                    "on_part_data": self._on_data,
+                    "on_part_end": self._on_end,
+                },
+            )
+        except FormParserError as error:
+            raise Failure("invalid_multipart", str(error)) from None
+
+    async def write(self, data: bytes) -> None:
+        """Read on."""
+        for at in range(0, len(data), _PIECE):
+            if at:
+                await asyncio.sleep(0)
+            try:
+                self._parser.write(data[at : at + _PIECE])
+            except FormParserError:
+                raise Failure("invalid_multipart", "the form cannot be parsed") from None
+
+    def _on_begin(self) -> None:
+        self._part = Part()
+        self._begun += 1
+        if self._begun > _MAX_PARTS:
+            raise Failure("invalid_multipart", f"the limit is {_MAX_PARTS} parts")
+
+    # The parser bounds the headers of a part, each in size and all in number.
+    def _on_header_name(self, data: bytes, start: int, end: int) -> None:
+        self._name += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _on_header(self) -> None:
+        if self._name.lower() == b"content-disposition":
+            self._disposition = bytes(self._value)
+        self._name, self._value = bytearray(), bytearray()
+
+    def _on_headers(self) -> None:
+        options = parse_options_header(self._disposition)[1]
+        self._disposition = b""
+        if b"name" not in options:
+            raise Failure("invalid_multipart", "a part has no name")
+        self._part.name = options[b"name"].decode(errors="replace")
+        self._part.is_file = b"filename" in options
+        self._part.limit = self._limits.pop(self._part.name, 0)
+
+    def _on_data(self, data: bytes, start: int, end: int) -> None:
+        part = self._part
+        if not part.limit:
+            return
+        if part.content.tell() + end - start > part.limit:
+            code = "invalid_metadata" if part.name == "metadata" else "invalid_request"
+            raise Failure(code, f"{part.name}: the limit is {part.limit:,} bytes")
+        part.content.write(memoryview(data)[start:end])
+
+    def _on_end(self) -> None:
+        self.parts.append(self._part)
