@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import resource
 import socket
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -28,6 +28,12 @@ MAX_HEAD = 16 * 1024
 MAX_TARGET = 4 * 1024
 """Bytes of a request's path with its query."""
 MAX_HEADERS = 100
+MAX_PIECES, MIN_PIECE = 1000, 64
+"""Pieces of a body in what is read from a connection at once; more must be so many bytes on average. A read brings up
+to 256 KB, with a chunk for each byte 43,000 pieces, and nothing else happens meanwhile."""
+MAX_AHEAD = 100
+"""Requests that are sent before the one in front of them was answered; each is parsed at once, and kept."""
+_UNREADABLE = "it cannot be read as HTTP/1.1"
 
 
 def bounded(settings: Settings, metrics: Metrics) -> type[asyncio.Protocol]:
@@ -65,6 +71,8 @@ class Connection(HttpToolsProtocol):
         self._idle_bytes = 0  # since the last progress: a head, a piece of a body, or a request that is complete
         self._timer: asyncio.TimerHandle | None = None
         self._is_broken = False
+        self._fault = _UNREADABLE
+        self._pieces = self._piece_bytes = 0  # of bodies, in what was read last
         self._departure = Departure()
 
     # ---- called by the event loop ----
@@ -93,6 +101,7 @@ class Connection(HttpToolsProtocol):
         """Read on, within the bounds. One call brings a bounded piece, so only what comes in many is counted here."""
         if self._is_broken:
             return
+        self._pieces = self._piece_bytes = 0
         self._idle_bytes += len(data)
         counted = self._idle_bytes
         super().data_received(data)
@@ -107,6 +116,8 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A request begins."""
+        if len(self.pipeline) >= MAX_AHEAD:
+            self._stop(f"more than {MAX_AHEAD} requests are sent ahead")
         super().on_message_begin()
         self.scope["state"][DEPARTURE] = self._departure
         self._has_begun = True
@@ -135,6 +146,10 @@ class Connection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """A piece of a body."""
         self._idle_bytes = 0
+        self._pieces += 1
+        self._piece_bytes += len(body)
+        if self._pieces > MAX_PIECES and self._piece_bytes < self._pieces * MIN_PIECE:
+            self._stop(f"the body comes in chunks of less than {MIN_PIECE} bytes")
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -152,7 +167,7 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what the parser cannot read."""
-        self._refuse(Failure("malformed_request", "it cannot be read as HTTP/1.1"))
+        self._refuse(Failure("malformed_request", self._fault))
 
     def on_response_complete(self) -> None:
         """A request was answered. What is still missing of it has as long as a head."""
@@ -167,6 +182,11 @@ class Connection(HttpToolsProtocol):
             self.loop.call_later(1, self.transport.abort)
 
     # ---- ours ----
+
+    def _stop(self, fault: str) -> NoReturn:
+        """Have the parser stop: whatever it calls may say so, and `send_400_response` is called for it."""
+        self._fault = fault
+        raise ValueError(fault)
 
     def _refuse(self, failure: Failure) -> None:
         """Answer with a failure, read nothing more, and close."""

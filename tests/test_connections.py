@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.connection import MAX_HEAD, MAX_HEADERS, MAX_TARGET
+from gateway.connection import MAX_AHEAD, MAX_HEAD, MAX_HEADERS, MAX_PIECES, MAX_TARGET, MIN_PIECE
 from tests.conftest import ROOT, GatewayProcess, free_endpoint, free_port, wait_for
 from tests.raw_http import HEAD, connect, exchange, is_closed, receive
 from tests.test_problems import assert_problem
@@ -55,6 +55,15 @@ def trickle(connection: socket.socket, data: bytes, seconds: float) -> None:
         if select.select([connection], [], [], 0.05)[0]:
             return
     raise AssertionError("all was taken")
+
+
+def answers(connection: socket.socket) -> int:
+    """How many come until the other side closes."""
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while data := connection.recv(2**16):
+            received += data
+    return received.count(b"HTTP/1.1 200")
 
 
 # ---- slow ----
@@ -148,6 +157,31 @@ def test_what_has_no_end_is_cut_off(strict: GatewayProcess, start: bytes, piece:
                 time.sleep(0.002)
         assert_problem(receive(connection), code)
         assert is_closed(connection)
+
+
+def test_a_body_in_tiny_pieces_is_cut_off(strict: GatewayProcess) -> None:
+    with connect(strict.port) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(CHUNKED + b"1\r\na\r\n" * 20_000)
+        answer = receive(connection)
+        assert "chunks of less than 64 bytes" in assert_problem(answer, "malformed_request")["detail"]
+        assert is_closed(connection)
+
+
+@pytest.mark.parametrize(("pieces", "size"), [(MAX_PIECES, 1), (5000, 2 * MIN_PIECE)])
+def test_a_body_in_small_pieces_is_taken(strict: GatewayProcess, pieces: int, size: int) -> None:
+    body = (f"{size:x}\r\n".encode() + bytes(size) + b"\r\n") * pieces + b"0\r\n\r\n"
+    assert_problem(exchange(strict.port, CHUNKED + body), "triton_unavailable")
+
+
+def test_requests_sent_far_ahead_are_not_answered(strict: GatewayProcess) -> None:
+    with connect(strict.port) as connection:
+        connection.sendall((GET + b"\r\n") * (MAX_AHEAD - 1) + GET + b"Connection: close\r\n\r\n")
+        assert answers(connection) == MAX_AHEAD
+    with connect(strict.port) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall((GET + b"\r\n") * 20_000)
+        assert answers(connection) < 10_000
 
 
 # ---- many ----
