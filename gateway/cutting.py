@@ -88,8 +88,6 @@ class Cut:
         picture = BytesIO()
         whole = True
         for text in self._plain(begin, end):
-            if picture.tell():
-                await asyncio.sleep(0)
             if not whole:
                 raise ValueError("Excess data after padding")
             try:
@@ -98,8 +96,11 @@ class Cut:
                 if _CONTROL.search(text):
                     raise Failure("invalid_json", "image: a control character in a string") from None
                 raise
+            if end - begin <= _PIECE:
+                return data
             whole = len(data) * 4 == len(text) * 3
             picture.write(data)
+            await asyncio.sleep(0)
         return picture.getvalue()  # without a copy, as this is the only reference to it
 
     def _plain(self, begin: int, end: int) -> Iterator[bytes | memoryview]:

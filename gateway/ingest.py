@@ -179,13 +179,21 @@ def _one_pin(in_query: list[str], in_body: str | None) -> str | None:
 
 
 async def _read_whole(request: Request, settings: Settings, deadline: float, share: Share) -> bytes:
+    first = b""
     body = BytesIO()
 
     async def write(data: bytes) -> None:
-        body.write(data)
+        nonlocal first
+        if first:
+            body.write(first)
+            first = b""
+        if body.tell():
+            body.write(data)
+        else:
+            first = data  # most pictures come in one piece
 
     await _read(request, settings, deadline, share, write)
-    return body.getvalue()  # without a copy, as this is the only reference to it
+    return first or body.getvalue()  # without a copy, as this is the only reference to it
 
 
 async def _read(
@@ -204,13 +212,15 @@ async def _read(
     def late() -> Failure:
         return Failure("body_timeout", f"{size:,} bytes came within {seconds:.3g} s")
 
-    with budget.Bounded(request, seconds, late) as bounded, share.growing(bounded.end):
+    with budget.Bounded(request, seconds, late) as bounded:
+        share.begin(bounded.end)
         async for chunk in request.stream():
             size += len(chunk)
             if size > limit:
                 raise _too_large(limit)
             share.take(len(chunk))
             await write(chunk)
+        share.stop()
     if not size:
         raise Failure("missing_body", "the body is empty")
 

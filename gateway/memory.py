@@ -7,7 +7,6 @@ still being received makes room for a smaller one, so that large uploads, slow o
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 
 from prometheus_client.core import Metric
@@ -33,14 +32,13 @@ class Memory:
         """For the page of metrics."""
         yield gauge("gateway_held_bytes", "Bytes of bodies and pictures that requests hold.", self.held)
 
-    @contextlib.contextmanager
-    def growing(self, share: Share, end: Callable[[Callable[[], Failure]], None]) -> Iterator[None]:
-        """For the length of this block, a share may have to make room: `end` ends its request with a failure."""
+    def begin(self, share: Share, end: Callable[[Callable[[], Failure]], None]) -> None:
+        """A share may have to make room: `end` ends its request with a failure."""
         self._growing[share] = end
-        try:
-            yield
-        finally:
-            self._growing.pop(share, None)
+
+    def stop(self, share: Share) -> None:
+        """It need not any more."""
+        self._growing.pop(share, None)
 
     def largest(self) -> Share | None:
         """Who would have to make room."""
@@ -65,11 +63,16 @@ class Share:
 
     def __exit__(self, *_: object) -> None:
         """Give back what is held."""
+        self.stop()
         self.give_back(self.held)
 
-    def growing(self, end: Callable[[Callable[[], Failure]], None]) -> contextlib.AbstractContextManager[None]:
-        """For the length of this block the request is being received, and `end` ends it with a failure."""
-        return self._memory.growing(self, end)
+    def begin(self, end: Callable[[Callable[[], Failure]], None]) -> None:
+        """The request is being received from now on, and `end` ends it with a failure."""
+        self._memory.begin(self, end)
+
+    def stop(self) -> None:
+        """It was received."""
+        self._memory.stop(self)
 
     def require(self, size: int) -> None:
         """Refuse what could not be taken, as far as can be told.

@@ -17,6 +17,7 @@ import trustme
 from gateway.errors import Failure
 from gateway.fetch import objects
 from gateway.fetch.fetcher import Fetcher
+from gateway.memory import Memory
 from gateway.settings import Settings
 from tests.conftest import GatewayProcess, wait_for
 from tests.offline import Offline
@@ -230,6 +231,23 @@ def test_no_more_are_fetched_at_once_than_the_setting_says(names: NameServer, pl
 
     assert run(work) == ["fetch_timeout"] * 6
     assert plain.connections == before + 2
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_what_is_fetched_counts_with_all_that_requests_hold(
+    names: NameServer, plain: Server, jpeg: bytes, declared: bool
+) -> None:
+    plain.answers["/counted"] = (
+        response(jpeg) if declared else b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\n\r\n" + jpeg
+    )
+    allowed, url = settings(names, f"http://photos.test:{plain.port}"), f"http://photos.test:{plain.port}/counted"
+    memory = Memory(2 * len(jpeg) - 1)
+    with memory.share() as first, memory.share() as second:
+        assert run(lambda: Fetcher(allowed).fetch(url, 10, first)) == jpeg
+        assert memory.held == first.held == len(jpeg)
+        with pytest.raises(Failure, match="overloaded"):
+            run(lambda: Fetcher(allowed).fetch(url, 10, second))
+    assert memory.held == 0
 
 
 # ---- object stores ----

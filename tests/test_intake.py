@@ -47,24 +47,27 @@ def test_the_largest_that_is_being_received_makes_room_for_a_smaller_one() -> No
 
     with memory.share() as complete, memory.share() as large, memory.share() as middle, memory.share() as small:
         complete.take(40)  # it waits for its answer: nothing is had by ending it
-        with large.growing(growing("large")), middle.growing(growing("middle")), small.growing(growing("small")):
-            large.take(30)
-            middle.take(20)
-            small.take(10)
-            with pytest.raises(Failure, match=r"overloaded: .*: 100 bytes are held already"):
-                large.take(1)  # it is the largest itself
-            with pytest.raises(Failure, match="overloaded"):
-                memory.share().require(30)
-            memory.share().require(29)
-            assert ended == []
-            small.take(1)
-            assert (ended, large.held, memory.held) == ([("large", "overloaded")], 0, 71)
-            middle.take(20)
-            small.take(10)
-            assert ended == [("large", "overloaded"), ("middle", "overloaded")]
-            assert memory.held == 61
+        large.begin(growing("large"))
+        middle.begin(growing("middle"))
+        small.begin(growing("small"))
+        large.take(30)
+        middle.take(20)
+        small.take(10)
+        with pytest.raises(Failure, match=r"overloaded: .*: 100 bytes are held already"):
+            large.take(1)  # it is the largest itself
         with pytest.raises(Failure, match="overloaded"):
-            small.take(40)
+            memory.share().require(30)
+        memory.share().require(29)
+        assert ended == []
+        small.take(1)
+        assert (ended, large.held, memory.held) == ([("large", "overloaded")], 0, 71)
+        middle.take(20)
+        small.take(10)
+        assert ended == [("large", "overloaded"), ("middle", "overloaded")]
+        assert memory.held == 61
+        small.stop()
+        with pytest.raises(Failure, match="overloaded"):
+            complete.take(40)
     assert memory.held == 0
 
 
@@ -73,7 +76,7 @@ def test_however_many_are_large_a_small_one_is_let_in() -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(1000):
             share = stack.enter_context(memory.share())
-            stack.enter_context(share.growing(lambda why: None))
+            share.begin(lambda why: None)
             with contextlib.suppress(Failure):
                 for _ in range(320):
                     share.take(2**16)
