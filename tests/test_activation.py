@@ -105,6 +105,22 @@ def test_what_answered_before_is_tried_again_when_triton_returns(pair: Path, tmp
             assert_problem(predict(gateway, jpeg), "no_release")
 
 
+def test_a_release_that_triton_came_back_without_is_not_called_ready(pair: Path, tmp_path: Path, jpeg: bytes) -> None:
+    """Its step is not loaded: the index then gives neither a state nor a reason, as for one that is being loaded."""
+    endpoint = free_endpoint()
+    with GatewayProcess(endpoint, tmp_path / "log", deadline_s=10) as gateway:
+        with TritonServer(pair, endpoint) as server:
+            server.wait_until_ready()
+            wait_for(lambda: described(gateway).get("defect-v2") == ("ready", ""))
+        classifier = pair / "defect_classifier/config.pbtxt"
+        classifier.write_text(classifier.read_text().replace("    versions: 2\n", ""))
+        with TritonServer(pair, endpoint):
+            wait_for(lambda: "does not have it" in described(gateway)["defect-v2"][1])
+            wait_for(lambda: described(gateway)["defect-v1"] == ("ready", ""))
+            assert predict(gateway, jpeg).json()["model_version"] == "defect-v1"
+            assert predict(gateway, jpeg).json()["route"] == "stable"
+
+
 # ---- a fault that the real server cannot be made to show on demand ----
 
 
