@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,22 @@ def test_ports_agree_with_the_code() -> None:
     assert published.endswith(f":{environment['GATEWAY_PORT']}")
 
 
+def test_the_health_check_of_triton_can_end_it() -> None:
+    """What it does to a server is tested in test_healing.py."""
+    triton = SERVICES["triton"]
+    assert triton["healthcheck"]["test"] == ["CMD", "python3", "/opt/stubs.py"]
+    assert "COPY triton_runtime/stubs.py /opt/stubs.py\n" in dockerfile("triton")
+    assert triton["restart"] == "unless-stopped"
+    assert triton["init"] is True, "the server must not be process 1, which nothing in its container can kill"
+    assert f":{Endpoint().http}/v2/health/live" in (ROOT / "triton_runtime/stubs.py").read_text()
+    assert "tmpfs" not in triton and "read_only" not in triton, "the check remembers in /tmp what it saw"
+
+
+def test_the_health_check_needs_the_standard_library_alone() -> None:
+    imports = re.findall(r"^(?:import|from) (\w+)", (ROOT / "triton_runtime/stubs.py").read_text(), re.MULTILINE)
+    assert set(imports) <= sys.stdlib_module_names
+
+
 def test_nobody_is_let_in_from_other_machines_unless_that_is_said() -> None:
     environment = SERVICES["gateway"]["environment"]
     assert environment["GATEWAY_PUBLISHED_ON"] == "${GATEWAY_ADDRESS:-127.0.0.1}"
@@ -148,7 +165,7 @@ def test_what_is_copied_exists_and_is_let_through(service: str) -> None:
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     for source in re.findall(r"^COPY (\S+) ", dockerfile(service), re.MULTILINE):
         assert (ROOT / source).exists(), source
-        assert source.split("/")[0] in allowed, source
+        assert {source, source.split("/")[0]} & allowed, source
 
 
 def test_the_steps_have_what_they_need_in_nvidias_image() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from triton_runtime.installation import Missing
@@ -49,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(
                 f"ready: {', '.join(releases)} at {triton.endpoint.address}:{triton.endpoint.grpc} (gRPC)", flush=True
             )
-            status = triton.process.wait()
+            while (status := triton.poll()) is None:
+                time.sleep(0.2)
             print(f"triton: ended by itself with status {status}", file=sys.stderr)
             return status if status > 0 else 1
     except Stopped:

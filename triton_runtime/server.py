@@ -1,7 +1,7 @@
-"""One embedded Triton server: started, waited for, stopped, and cleaned up after.
+"""One embedded Triton server: started, waited for, kept whole, stopped, and cleaned up after.
 
-Nothing is restarted here: when Triton ends by itself, that is reported with its exit status, and whoever runs
-this decides.
+When Triton ends by itself, nothing is restarted here: its exit status is reported, and whoever runs this decides. When
+one of its Python processes dies, which Triton does not notice, a thread has the step loaded again (`healing`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import IO, ClassVar, Self
 
 import contract
+from triton_runtime import healing, stubs
 from triton_runtime.installation import (
     SHARED_MEMORY_FOLDER,
     Installation,
@@ -32,6 +34,7 @@ from triton_runtime.installation import (
     check_shared_memory,
     port_from_environment,
 )
+from triton_runtime.signals import is_in_a_hurry, kill_group, wait_for_end
 
 _CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
 RESTRICTED = "shared-memory,trace,logging"
@@ -91,6 +94,7 @@ class TritonServer:
         grace_seconds: how long requests in flight may take when the server is stopped.
         verbose: let Triton log what it does, not only what goes wrong.
         log: where it logs to; by default, where we do.
+        heals: have Python processes that died replaced, which gives files in the repository later dates.
 
     Raises:
         Missing: on entering, where this machine lacks something.
@@ -105,6 +109,7 @@ class TritonServer:
         grace_seconds: int = 30,
         verbose: bool = False,
         log: IO[bytes] | None = None,
+        heals: bool = True,
     ) -> None:
         self.repository = repository.resolve()
         self.endpoint = endpoint
@@ -113,9 +118,19 @@ class TritonServer:
         self.verbose = verbose
         self._log = log
         self._prefix = f"triton_{os.getpid()}_{time.monotonic_ns()}_"
+        self._heals = heals
+        self._healer = healing.Healer(poll_seconds, grace_seconds)
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._changing = threading.RLock()  # held while the process is replaced, and while it is healed
+        self._is_between = False
 
     def __enter__(self) -> Self:
         self._start()
+        if self._heals:
+            self._stopping.clear()
+            self._thread = threading.Thread(target=self._keep_whole, name="triton-healing", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -187,13 +202,14 @@ class TritonServer:
         waiting = self.releases()
         has_crashed = False
         while waiting:
-            if (status := self.process.poll()) is not None:
+            if (status := self.poll()) is not None:
                 if has_crashed or -status not in _CRASHES:
                     raise TritonFailed(f"Triton ended with status {status} while starting: see its log")
                 print("triton: crashed while starting, and is started anew", file=sys.stderr)
                 has_crashed = True
-                self.stop()
-                self._start()
+                self.restart()
+            if self._stopping.is_set():
+                raise TritonFailed("Triton was stopped while starting")
             waiting = [name for name in waiting if not self._ready(name)]
             if waiting and (reasons := self._failures(settled=True)):
                 raise TritonFailed(f"{', '.join(waiting)} cannot be served: {reasons}")
@@ -228,27 +244,106 @@ class TritonServer:
         ]
         return "; ".join(reasons)
 
+    def poll(self) -> int | None:
+        """Triton's exit status where it ended by itself; None while it runs, or is being restarted."""
+        return None if self._is_between else self.process.poll()
+
+    def restart(self) -> None:
+        """Stop Triton in order, where it has not ended, and start it anew.
+
+        Raises:
+            Missing: as on entering.
+        """
+        with self._changing:
+            self._is_between = True
+            try:
+                self._end()
+                if not self._stopping.is_set():
+                    self._start()
+            finally:
+                self._is_between = False
+
     def stop(self) -> None:
         """Let Triton finish what it has, then make sure that no process and no shared memory is left."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._end()
+
+    def _end(self) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(self.grace_seconds + 10)
-        except subprocess.TimeoutExpired:
-            print("triton: did not stop in time, killed", file=sys.stderr)
-        deadline = time.monotonic() + 5
-        with contextlib.suppress(ProcessLookupError):
-            while time.monotonic() < deadline:
-                os.killpg(self.process.pid, signal.SIGKILL)  # it leads its group: stubs that outlived it
-                self.process.poll()
-                time.sleep(0.02)
+        deadline, over_since = time.monotonic() + self.grace_seconds + 10, None
+        while not wait_for_end(self.process, 0.2):
+            now = time.monotonic()
+            # Models in which a request failed with its process are never unloaded, and Triton would wait for them.
+            over_since = (over_since or now) if self._has_remains_alone() else None
+            if now > deadline or is_in_a_hurry():
+                print("triton: did not stop in time, killed", file=sys.stderr)
+                break
+            if over_since is not None and now - over_since > 1:
+                break
+        kill_group(self.process)  # and stubs that outlived it
         for segment in self.shared_memory():
             segment.unlink(missing_ok=True)
         self._folder.cleanup()
 
+    def _has_remains_alone(self) -> bool:
+        """Whether all its Python processes ended or were replaced, and one of them is dead and still there."""
+        seen = stubs.look(self.process.pid)
+        return bool(seen.dead) and seen.living.keys() <= self._healer.replaced
+
+    def _keep_whole(self) -> None:
+        """Have processes that died replaced, until the server is stopped."""
+        process, strangers = self.process, set[int]()
+        while not self._stopping.wait(self._healer.pause):
+            try:
+                with self._changing:
+                    if process is not self.process:
+                        process, strangers = self.process, set()
+                        self._healer.begin()
+                    if process.poll() is None:
+                        for action in self._healer.look(time.monotonic(), stubs.look(process.pid, strangers)):
+                            self._heal(action)
+            except Exception as error:
+                print(f"triton: could not look after its processes, and tries again: {error!r}", file=sys.stderr)
+
+    def _heal(self, action: healing.Action) -> None:
+        match action:
+            case healing.Say(text):
+                print(f"triton: {text}", file=sys.stderr, flush=True)
+            case healing.Reload(file):
+                try:
+                    _date_anew(file)
+                except FileNotFoundError:
+                    self._healer.gone(file)
+                except OSError as error:
+                    self._healer.refused(file, f"{error.strerror}: {file}")
+            case healing.Kill(process):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+            case healing.Restart():
+                self.restart()
+                try:
+                    self.wait_until_ready()  # which has it try again if it crashes
+                except TritonFailed as error:
+                    print(f"triton: after its restart: {error}", file=sys.stderr)
+
     def shared_memory(self) -> Iterator[Path]:
         """The files through which the server talks to its Python steps."""
         yield from SHARED_MEMORY_FOLDER.glob(f"{self._prefix}*")
+
+
+def _date_anew(file: Path) -> None:
+    """Date one file of a model later than all that Triton may have met in the model's folder: that is a change to it.
+
+    The content stays what was published. A later date of the model's config.pbtxt alone would change nothing.
+    """
+    folder = file.parent.parent
+    newest = max(path.lstat().st_mtime_ns for path in (folder, *folder.rglob("*")))
+    date = max(time.time_ns(), newest + 1_000_000_000)
+    os.utime(file, ns=(date, date))
 
 
 def die_with_parent() -> None:

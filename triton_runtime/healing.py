@@ -1,0 +1,204 @@
+"""What to do about the Python processes of a Triton that died: a step is loaded again, or the server started anew.
+
+Pure: `Healer` is told what there is and what time it is, and says what to do. `TritonServer` does it.
+
+Triton 24.10 starts no process in place of one that died. But where a file of one of its versions gets a later date, it
+loads a model again, with new processes, and goes on answering with what is left of the old ones meanwhile. What it
+cannot do is unload a model in which a request failed that way: the dead process stays a zombie, its shared memory
+stays, and so do its living siblings, which are killed here once nobody needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from triton_runtime.backoff import Backoff
+from triton_runtime.stubs import Process, Seen
+
+LOOK_S = 0.2
+"""Between two looks; less while something is awaited that may be there but shortly."""
+_SHORT_LOOK_S = 0.1
+_DEAD_S = 0.3
+"""One that is unloaded is dead for a moment, too."""
+_STRAY_S = 10.0
+"""A process that died before it was seen: nobody knows what it ran, and Triton may wait for it for ever."""
+_APPEAR_S = 10.0
+"""Beside the time between two looks of Triton at its repository."""
+_PROVEN_S = 60.0
+"""New processes that live so long are loaded, and nobody waits for the old ones any more."""
+_MOST_DEAD = 32
+"""Each keeps a megabyte or more of shared memory in Triton."""
+
+
+@dataclass(frozen=True)
+class Say:
+    """Something that whoever runs the server should know."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Reload:
+    """Give this file, the one that the dead process ran, a date that Triton takes notice of."""
+
+    file: Path
+
+
+@dataclass(frozen=True)
+class Kill:
+    """End this process, which is left over."""
+
+    process: Process
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Stop the server in order and start it anew."""
+
+
+Action = Say | Reload | Kill | Restart
+
+
+@dataclass
+class _Step:
+    """A model that lost a process: when it is due to be loaded again, or since when its new processes are awaited."""
+
+    backoff: Backoff = field(default_factory=lambda: Backoff(first=1, most=60, calm=300))
+    due: float | None = None
+    asked: float | None = None
+    file: Path = Path()
+    old: frozenset[Process] = frozenset()
+    has_come: bool = False
+    refusal: str = ""
+
+
+class Healer:
+    """Follows one server after the other; `look` has to be called about every `pause` seconds.
+
+    Args:
+        poll_seconds: how often Triton looks at its repository.
+        grace_seconds: how long a request may take.
+    """
+
+    def __init__(self, poll_seconds: float, grace_seconds: float) -> None:
+        self._appear_s = 2 * poll_seconds + _APPEAR_S
+        self._proven_s = max(_PROVEN_S, grace_seconds + 5)
+        self._steps: dict[Path, _Step] = {}
+        self._restarts = Backoff(first=60, most=900, calm=3600)
+        self.begin()
+
+    def begin(self) -> None:
+        """Another server was started: what was known of processes is void, how often what failed is not."""
+        self._files: dict[Process, Path] = {}
+        self._dead_since: dict[Process, float] = {}
+        self._settled: set[Process] = set()
+        self._restart_at: float | None = None
+        for step in self._steps.values():
+            step.due = step.asked = None
+            step.old, step.refusal = frozenset(), ""
+
+    @property
+    def pause(self) -> float:
+        """Seconds until the next look."""
+        return _SHORT_LOOK_S if any(step.asked is not None for step in self._steps.values()) else LOOK_S
+
+    @property
+    def replaced(self) -> frozenset[Process]:
+        """Processes that new ones took the place of. They may be running, and have nothing to do."""
+        return frozenset().union(*(step.old for step in self._steps.values() if step.has_come))
+
+    def refused(self, file: Path, reason: str) -> None:
+        """A `Reload` could not be done."""
+        self._steps[_folder(file)].refusal = reason
+
+    def gone(self, file: Path) -> None:
+        """The file of a `Reload` is not there any more: its version was taken back, and nobody misses its processes."""
+        self._settled |= {each for each in self._dead_since if self._files.get(each) == file}
+
+    def look(self, now: float, seen: Seen) -> list[Action]:
+        """What is to be done, in this order."""
+        self._remember(now, seen)
+        lost: dict[Path, list[Process]] = {}
+        strays = []
+        for process in sorted(seen.dead - self._settled, key=lambda each: each.pid):
+            since = now - self._dead_since[process]
+            if process in self._files:
+                if since >= _DEAD_S:
+                    lost.setdefault(_folder(self._files[process]), []).append(process)
+            elif since >= _STRAY_S:
+                strays.append(process)
+        actions = [action for folder in lost for action in self._heal(now, folder, lost[folder], seen)]
+        for folder, step in self._steps.items():
+            if folder not in lost:
+                step.due = step.asked = None  # Triton cleaned up
+        return actions + list(self._restart(now, self._hopeless(now, strays, seen)))
+
+    def _remember(self, now: float, seen: Seen) -> None:
+        here = seen.dead | seen.living.keys()
+        self._files = {process: file for process, file in self._files.items() if process in here} | seen.living
+        self._dead_since = {process: self._dead_since.get(process, now) for process in seen.dead}
+        self._settled &= here
+
+    def _heal(self, now: float, folder: Path, lost: list[Process], seen: Seen) -> Iterator[Action]:
+        step = self._steps.setdefault(folder, _Step())
+        new = [process for process, file in seen.living.items() if _folder(file) == folder and process not in step.old]
+        if step.asked is not None:
+            if new and not step.has_come:
+                step.has_come = True
+                yield Say(f"{folder.name} is loaded again, in process {_numbers(new)}")
+            if fresh := [process for process in lost if process not in step.old]:
+                step.asked = None
+                lost = fresh
+            elif step.has_come and not new:
+                yield self._schedule(now, step, f"{folder.name} could not be loaded, see Triton's log")
+            elif step.has_come and now - step.asked >= self._proven_s:
+                step.asked = None
+                self._settled |= step.old
+                yield from (Kill(process) for process in sorted(step.old & seen.living.keys(), key=lambda p: p.pid))
+                return
+        if step.asked is None and step.due is None:
+            step.file = self._files[lost[0]]
+            yield self._schedule(now, step, f"{folder.name}/{step.file.parent.name} lost process {_numbers(lost)}")
+        if step.due is not None and now >= step.due and not step.refusal:
+            step.due, step.asked, step.has_come = None, now, False
+            step.old = frozenset(process for process, file in self._files.items() if _folder(file) == folder)
+            yield Reload(step.file)
+
+    def _schedule(self, now: float, step: _Step, why: str) -> Say:
+        wait = step.backoff.wait(now)
+        step.asked, step.due, step.has_come = None, now + wait, False
+        return Say(f"{why}: it is to be loaded again{f' in {wait:g} s' if wait else ''}")
+
+    def _hopeless(self, now: float, strays: list[Process], seen: Seen) -> str:
+        """Why nothing but another server helps; empty where something else may."""
+        if strays:
+            return f"process {_numbers(strays)} died, and nobody knows which step it ran"
+        if len(seen.dead) > _MOST_DEAD:
+            return f"it keeps the remains of {len(seen.dead)} processes that died"
+        for folder, step in self._steps.items():
+            if step.refusal:
+                return f"{folder.name} cannot be loaded again ({step.refusal})"
+            if step.asked is not None and not step.has_come and now - step.asked >= self._appear_s:
+                return f"it did not load {folder.name} again within {self._appear_s:g} s"
+        return ""
+
+    def _restart(self, now: float, why: str) -> Iterator[Action]:
+        if not why:
+            self._restart_at = None
+        elif self._restart_at is None:
+            wait = self._restarts.wait(now)
+            self._restart_at = now + wait
+            yield Say(f"{why}: the server is started anew{f' in {wait:g} s' if wait else ''}")
+        if self._restart_at is not None and now >= self._restart_at:
+            yield Restart()
+
+
+def _folder(file: Path) -> Path:
+    """The model's folder, of the file of one of its versions."""
+    return file.parent.parent
+
+
+def _numbers(processes: list[Process]) -> str:
+    return ", ".join(str(each.pid) for each in processes)
