@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import ROOT, free_endpoint, free_port
+from tests.conftest import ROOT, free_endpoint, free_port, wait_for
 from tests.test_triton_runtime import leftovers
 
 
@@ -58,6 +58,56 @@ def test_serve_gets_ready_from_a_clone_and_ctrl_c_leaves_nothing(tmp_path: Path)
         pass
     else:
         raise AssertionError("the gateway still answers")
+
+
+def children(pid: int) -> dict[str, int]:
+    """The parts of a stack, by name, and their process ids."""
+    found = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        line = Path("/proc", child, "cmdline").read_text()
+        for name, mark in (("triton", "tritonserver"), ("gateway", "-m\0gateway"), ("watcher", "export\0watch")):
+            if mark in line:
+                found[name] = int(child)
+    return found
+
+
+@pytest.mark.alone
+def test_a_part_that_is_killed_comes_back_and_says_so(pristine: Path, tmp_path: Path) -> None:
+    before = leftovers()
+    repository = Path(shutil.copytree(pristine, tmp_path / "model_repository"))
+    port = free_port()
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "triton_runtime.stack", "--repository", str(repository)],
+            cwd=ROOT,
+            env={**os.environ, **free_endpoint().to_environment(), "GATEWAY_PORT": str(port)},
+            stdout=output,
+            stderr=output,
+        )
+
+    def is_ready() -> bool:
+        assert process.poll() is None, log.read_text()
+        return httpx.get(f"http://127.0.0.1:{port}/health/ready", timeout=10).status_code == 200
+
+    try:
+        wait_for(lambda: "try: " in log.read_text(), 120)
+        for name in ("watcher", "gateway", "triton"):
+            parts = children(process.pid)
+            assert parts.keys() == {"watcher", "gateway", "triton"}
+            os.kill(parts[name], signal.SIGKILL)
+            wait_for(lambda: children(process.pid).get(name, parts[name]) != parts[name], 60)  # noqa: B023 - at once
+            assert f"serve: {name} ended by itself with status -9: it is started again" in log.read_text()
+            wait_for(is_ready, 120)
+        os.kill(children(process.pid)["gateway"], signal.SIGTERM)  # nobody asked for its end but somebody else
+        wait_for(lambda: log.read_text().count("gateway ended by itself") == 2, 60)
+        wait_for(is_ready, 60)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(90) == 0
+    finally:
+        process.terminate()
+        process.wait(120)
+    assert leftovers() == before
 
 
 def test_serve_names_a_port_that_is_taken(tmp_path: Path) -> None:

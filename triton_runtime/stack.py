@@ -26,7 +26,8 @@ from typing import Self
 
 from triton_runtime.installation import Missing, check_port, port_from_environment
 from triton_runtime.server import Endpoint, TritonFailed, TritonServer, die_with_parent
-from triton_runtime.signals import Stopped, unwind_on_signals
+from triton_runtime.signals import Stopped, kill_group, unwind_on_signals, wait_for_end
+from triton_runtime.supervision import Supervisor
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "examples" / "parcel-damaged.jpg"
@@ -50,16 +51,30 @@ def free_endpoint() -> Endpoint:
 
 
 class Child:
-    """`python -m <arguments>` as a child process. Leaving the context lets it finish what it has begun."""
+    """`python -m <arguments>` as a child process. Leaving the context lets it finish what it has begun.
+
+    It has `grace_seconds` for that, and less where a second signal comes; then it is killed, with all that it started.
+    """
 
     def __init__(
-        self, *arguments: str, environment: Mapping[str, str] | None = None, stdout: int | None = None
+        self,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        stdout: int | None = None,
+        grace_seconds: float = 35.0,
     ) -> None:
+        self._command = [sys.executable, "-m", *arguments]
+        self._environment = {**os.environ, **(environment or {})}
+        self._stdout = stdout
+        self._grace_seconds = grace_seconds
+        self._start()
+
+    def _start(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            env={**os.environ, **(environment or {})},
+            self._command,
+            env=self._environment,
             cwd=ROOT,
-            stdout=stdout,
+            stdout=self._stdout,
             start_new_session=True,
             preexec_fn=die_with_parent,
         )
@@ -70,7 +85,18 @@ class Child:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        self.process.wait()
+        if not wait_for_end(self.process, self._grace_seconds):
+            print(f"{' '.join(self._command[2:4])}: did not stop in time, killed", file=sys.stderr)
+        kill_group(self.process)
+
+    def poll(self) -> int | None:
+        """Its exit status; None while it runs."""
+        return self.process.poll()
+
+    def restart(self) -> None:
+        """Start it again; what is left of it is killed before."""
+        kill_group(self.process)
+        self._start()
 
 
 class Gateway(Child):
@@ -90,7 +116,10 @@ class Gateway(Child):
         if keys or os.environ.get("GATEWAY_API_KEYS_FILE"):
             self._headers["X-API-Key"] = key = secrets.token_urlsafe(32)
             environment["GATEWAY_API_KEYS"] = f"{keys},serve:{hashlib.sha256(key.encode()).hexdigest()}"
-        super().__init__("gateway", environment=environment, stdout=stdout)
+        grace = 30.0
+        with contextlib.suppress(ValueError):  # the gateway says what is wrong with it
+            grace = float(os.environ.get("GATEWAY_GRACE_S", grace))
+        super().__init__("gateway", environment=environment, stdout=stdout, grace_seconds=grace + 5)
         scheme = "https" if os.environ.get("GATEWAY_TLS_CERTIFICATE") else "http"
         self.url = f"{scheme}://{address}:{port}"
 
@@ -117,7 +146,7 @@ class Gateway(Child):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run until a signal comes (0) or a part ends by itself (1)."""
+    """Run until a signal comes (0), or a part cannot be started or is given up (its status, or 1)."""
     parse = argparse.ArgumentParser(prog="python -m triton_runtime.stack", description=__doc__)
     parse.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: model_repository")
     parse.add_argument("--verbose", action="store_true", help="Triton's whole log, not only warnings")
@@ -152,12 +181,7 @@ def _serve(options: argparse.Namespace) -> int:
             print(
                 f"try: curl -H 'Content-Type: image/jpeg' --data-binary @{sample} {gateway.url}/v1/predict", flush=True
             )
-            processes = {"triton": triton.process, "gateway": gateway.process, "watcher": watcher.process}
-            while True:
-                for name, process in processes.items():
-                    if process.poll() is not None:
-                        raise TritonFailed(f"{name} ended by itself with status {process.returncode}")
-                time.sleep(0.5)
+            return Supervisor({"triton": triton, "gateway": gateway, "watcher": watcher}).run()
 
 
 if __name__ == "__main__":
