@@ -174,7 +174,19 @@ def test_the_steps_have_what_they_need_in_nvidias_image() -> None:
         imports |= set(re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE))
         imports -= {sibling.stem for sibling in path.parent.glob("*.py")}
     locked = set(re.findall(r"^(\S+)==", (ROOT / "requirements/steps.lock").read_text(), re.MULTILINE))
-    standard = {"__future__", "dataclasses", "io", "json", "pathlib", "re", "time", "triton_python_backend_utils"}
+    standard = {
+        "__future__",
+        "collections",
+        "dataclasses",
+        "io",
+        "json",
+        "pathlib",
+        "re",
+        "struct",
+        "time",
+        "traceback",
+    }
+    standard |= {"typing", "triton_python_backend_utils"}
     assert imports - standard == {"numpy", "PIL"}
     assert locked == {"numpy", "pillow"}
 

@@ -124,6 +124,7 @@ def _repeated() -> list[Seed]:
     pages = b"".join(page[8:-4] + struct.pack("<I", 8 + (number + 1) * (len(page) - 8)) for number in range(3000))
     return [
         Seed(f"{_SCANS} more scans", "JPEG", progressive[:-2] + scan * _SCANS + b"\xff\xd9"),
+        Seed(f"{_SCANS} hidden scans", "JPEG", progressive[:-2] + (b"\xff\1\x7f\x7f" + scan) * _SCANS + b"\xff\xd9"),
         Seed("a hundred thousand frames", "GIF", frame[:start] + frame[start:-1] * 100_000 + b";"),
         Seed("three thousand pages", "TIFF", page[:8] + pages),
         Seed("ten thousand pictures", "MPO", _seed("MPO").data + b"\xff\xd8\xff\xd9" * 10_000),

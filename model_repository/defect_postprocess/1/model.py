@@ -19,6 +19,7 @@ For n pictures and c labels:
 from __future__ import annotations
 
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,14 @@ class TritonPythonModel:
 
     def execute(self, requests: list) -> list:
         """Answer each request of a batch on its own."""
-        return [self._respond(request) for request in requests]
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request):
+        try:
+            return self._respond(request)
+        except Exception as error:  # which would fail every request of the batch
+            traceback.print_exc()
+            return pb_utils.InferenceResponse([], pb_utils.TritonError(f"postprocessing: {error!r}"))
 
     def _respond(self, request):
         start = time.monotonic_ns()

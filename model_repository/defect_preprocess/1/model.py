@@ -1,7 +1,8 @@
 """Triton's side of the preprocessing step: tensors in, tensors out. The work is in `preprocessing.py`.
 
 A picture that cannot be used is data, not a failed request: its ERROR is `<code>: <what is wrong>`, its PIXELS
-are black, and the other pictures of the call are answered as if it were not there.
+are black, and the other pictures of the call are answered as if it were not there. So is one for which something fails
+that should not: an exception out of here would fail every request of the batch.
 
     IMAGE  BYTES [n, 1]               the picture files
     PIXELS UINT8 [n, size, size, 3]   decoded, resized, RGB
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,14 @@ class TritonPythonModel:
 
     def execute(self, requests: list) -> list:
         """Answer each request of a batch on its own."""
-        return [self._respond(request) for request in requests]
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request):
+        try:
+            return self._respond(request)
+        except Exception as error:  # no memory for the pixels of all its pictures, say
+            traceback.print_exc()
+            return pb_utils.InferenceResponse([], pb_utils.TritonError(f"preprocessing: {error!r}"))
 
     def _respond(self, request):
         start = time.monotonic_ns()
@@ -42,6 +51,9 @@ class TritonPythonModel:
                 pixels[i] = preprocess(picture, self.size)
             except PictureError as error:
                 errors[i] = str(error).encode()
+            except Exception:
+                traceback.print_exc()  # a fault of this step's: its log is where that is looked for
+                errors[i] = b"image_corrupt: the picture cannot be prepared"
         times = np.tile(np.array([start, time.monotonic_ns()], np.int64), (len(pictures), 1))
         return pb_utils.InferenceResponse(
             [
