@@ -28,6 +28,8 @@ class Request(backend.InferenceRequest):
     """A request that is answered through its sender, once."""
 
     responses: list[backend.InferenceResponse] = field(default_factory=list)
+    refusals: list[BaseException] = field(default_factory=list)
+    """What `send` raises, the first time and the next ones."""
     is_answered: threading.Event = field(default_factory=threading.Event)
 
     def get_response_sender(self) -> Request:
@@ -37,6 +39,8 @@ class Request(backend.InferenceRequest):
     def send(self, response: backend.InferenceResponse, flags: int) -> None:
         """As Triton's."""
         assert flags == FINAL
+        if self.refusals:
+            raise self.refusals.pop(0)
         self.responses.append(response)
         self.is_answered.set()
 
@@ -222,3 +226,96 @@ def test_tensors_that_make_no_batch_are_an_error_of_each_request(model: Callable
     responses = model().execute(mixed)
     assert all("onnxruntime" in str(response.error) for response in responses)
     assert len(responses) == len(mixed)
+
+
+# ---- whatever fails, every request is answered ----
+
+
+def answers(instance: Any) -> bool:
+    """Whether a request still gets its answer."""
+    (request,) = requests(1)
+    executing = threading.Thread(target=instance.execute, args=([request],), daemon=True)
+    executing.start()
+    return bool(outputs(request.response()))
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["at once", "in pieces", "wide"])
+def instance(request: Any, module: ModuleType, model: Callable[..., Any], tmp_path: Path) -> Any:
+    """One that runs a batch in a worker, in pieces in its workers, or in `execute` itself."""
+    if request.param < 2:
+        return model(intra_op_thread_count=1, items_per_run=request.param)
+    return with_processors(model(intra_op_thread_count=2), module, tmp_path / "loadavg", running=1)
+
+
+def test_an_answer_that_cannot_be_sent_is_an_error_of_its_request_alone(instance: Any) -> None:
+    """And one that Triton takes no answer for costs the others nothing either."""
+    batch = requests(1, 1, 1, 1)
+    batch[0].refusals.append(RuntimeError("no shared memory"))
+    batch[2].refusals.extend([RuntimeError("cancelled"), SystemExit("cancelled")])
+    instance.execute(batch)
+    assert "no shared memory" in str(batch[0].response().error)
+    assert outputs(batch[1].response())
+    assert outputs(batch[3].response())
+    assert not batch[2].responses
+    assert answers(instance)
+
+
+@pytest.mark.parametrize("fault", [MemoryError("none left"), SystemExit("ended"), KeyboardInterrupt("ended")])
+def test_whatever_a_run_raises_is_an_error_of_each_request(instance: Any, fault: BaseException) -> None:
+    def fail(*_: object) -> None:
+        raise fault
+
+    sessions = instance.session, instance.wide_session
+    instance.session = SimpleNamespace(run=fail)
+    instance.wide_session = instance.wide_session and instance.session
+    batch = requests(1, 2)
+    executing = threading.Thread(target=instance.execute, args=(batch,), daemon=True)
+    executing.start()
+    assert all(str(fault) in str(request.response().error) for request in batch)
+    executing.join(30)
+    assert not executing.is_alive()
+    instance.session, instance.wide_session = sessions
+    assert answers(instance)
+
+
+def test_a_thread_that_ended_is_replaced(model: Callable[..., Any]) -> None:
+    instance = model(intra_op_thread_count=2, items_per_run=1)
+    ended = instance.workers
+    instance.finalize()
+    assert answers(instance)
+    assert not set(ended) & set(instance.workers)
+
+
+def test_no_fault_ends_a_thread(module: ModuleType, model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where the fault cannot be written down."""
+
+    def closed(*_: object) -> None:
+        raise BrokenPipeError("standard error is closed")
+
+    instance = model(intra_op_thread_count=1)
+    monkeypatch.setattr(module.traceback, "print_exc", closed)
+    instance.pieces.put("no work")
+    assert answers(instance)
+    assert all(worker.is_alive() for worker in instance.workers)
+
+
+@pytest.mark.parametrize("items_per_run", [0, 1])
+def test_a_batch_of_no_items_is_an_error_of_each_request(model: Callable[..., Any], items_per_run: int) -> None:
+    responses = model(items_per_run=items_per_run).execute(requests(0, 0))
+    assert ["no items" in str(response.error) for response in responses] == [True, True]
+
+
+def test_outputs_that_are_not_one_for_each_item_are_an_error_of_each_request(model: Callable[..., Any]) -> None:
+    """They could be split, but into others' answers."""
+    instance = model()
+    instance.session = SimpleNamespace(run=lambda *_: [np.zeros((5, 2), np.float32), np.zeros((5, 32), np.uint8)])
+    batch = requests(1, 1)
+    instance.execute(batch)
+    assert all("not one for each item" in str(request.response().error) for request in batch)
+
+
+@pytest.mark.parametrize("name", ["items_per_run", "intra_op_thread_count"])
+def test_a_number_below_zero_is_refused_at_the_start(model: Callable[..., Any], name: str) -> None:
+    """There would be no piece, or no thread to run it: every request would wait for ever."""
+    with pytest.raises(ValueError, match=f"{name} is -1"):
+        model(**{name: -1})

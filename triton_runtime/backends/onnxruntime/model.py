@@ -12,10 +12,14 @@ parameters, of which the C++ backend knows the first three:
 
 Pieces of a batch run side by side, each on one processor, which wastes less than several processors on one piece.
 Only a batch that is one piece gets them all, where they are idle.
+
+A request that is given no answer hangs for ever, and so does all of this process if `execute` does not return. So
+nothing that fails, whatever it is, ends a thread or keeps one request's answer from the others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -47,6 +51,7 @@ class TritonPythonModel:
         Raises:
             onnxruntime.capi.onnxruntime_pybind11_state.Fail and its kin: the file is missing or broken;
                 Triton reports the message as the reason why the version is unavailable.
+            ValueError: a parameter is no number, or less than 0; likewise.
         """
         config = json.loads(args["model_config"])
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
@@ -54,16 +59,15 @@ class TritonPythonModel:
         path = str(Path(args["model_repository"], args["model_version"], file))
         self.inputs = [tensor["name"] for tensor in config["input"]]
         self.outputs = [tensor["name"] for tensor in config["output"]]
-        self.items_per_run = int(parameters.get("items_per_run", 0))
+        self.items_per_run = _count(parameters, "items_per_run", 0)
         self.processors = Processors()
-        wanted = int(parameters.get("intra_op_thread_count", 1)) or self.processors.count
+        wanted = _count(parameters, "intra_op_thread_count", 1) or self.processors.count
         self.threads = min(wanted, self.processors.count)
         self.session = _session(path, parameters, 1)
         self.wide_session = _session(path, parameters, self.threads) if self.threads > 1 else None
         self.pieces: queue.SimpleQueue[tuple[Batch, slice] | None] = queue.SimpleQueue()
-        self.workers = [threading.Thread(target=self._work, daemon=True) for _ in range(self.threads)]
-        for worker in self.workers:
-            worker.start()
+        self.workers: list[threading.Thread] = []
+        self._staff()
 
     def execute(self, requests: list) -> list | None:
         """Run all requests that Triton batched together as one batch; they are answered when the last piece is done.
@@ -73,14 +77,18 @@ class TritonPythonModel:
         """
         try:
             batch = Batch(requests, self.inputs, self.outputs, self.items_per_run)
+            wide = self.wide_session
+            is_alone = len(batch.pieces) == 1 and wide is not None and self.processors.are_idle(self.threads)
         except Exception as error:
             return [_failure(error) for _ in requests]
-        if len(batch.pieces) == 1 and self.wide_session is not None and self.processors.are_idle(self.threads):
-            batch.run(batch.pieces[0], self.wide_session)
+        if is_alone:
+            batch.run(batch.pieces[0], wide)
             return None
         for piece in batch.pieces:
             self.pieces.put((batch, piece))
-        batch.has_begun.wait()
+        self._staff()
+        while not batch.has_begun.wait(1):
+            self._staff()
         return None
 
     def finalize(self) -> None:
@@ -90,24 +98,36 @@ class TritonPythonModel:
         for worker in self.workers:
             worker.join()
 
+    def _staff(self) -> None:
+        """Have a thread for each processor; none of them should have ended."""
+        self.workers = [worker for worker in self.workers if worker.is_alive()]
+        while len(self.workers) < self.threads:
+            worker = threading.Thread(target=self._work, daemon=True)
+            worker.start()
+            self.workers.append(worker)
+
     def _work(self) -> None:
-        while (work := self.pieces.get()) is not None:
-            batch, piece = work
-            if piece is batch.pieces[-1]:
-                batch.has_begun.set()
+        while True:
             try:
+                work = self.pieces.get()
+                if work is None:
+                    return
+                batch, piece = work
                 batch.run(piece, self.session)
-            except Exception:  # Triton takes no answer any more; the next batch deserves this thread nevertheless
-                traceback.print_exc()
+            except BaseException:  # the next batch deserves this thread nevertheless
+                _report()
 
 
 class Batch:
     """Requests that go through the model together, in pieces, and are answered together.
 
     Args:
-        requests: Triton's, each of at least one item.
+        requests: Triton's.
         inputs, outputs: names of the model's tensors.
         items_per_run: how many items a piece has; 0: all.
+
+    Raises:
+        ValueError: the tensors of the requests make no batch, or one of no items.
     """
 
     def __init__(self, requests: list, inputs: Sequence[str], outputs: Sequence[str], items_per_run: int) -> None:
@@ -119,32 +139,36 @@ class Batch:
         self._feed = {name: np.concatenate(parts) for name, parts in tensors.items()}
         self._ends = np.cumsum([len(part) for part in tensors[inputs[0]]])
         self._outputs = outputs
-        self._senders = [request.get_response_sender() for request in requests]
         size = int(self._ends[-1])
+        if not size:
+            raise ValueError("no items to run the model on")
         step = items_per_run or size
         self.pieces = [slice(start, start + step) for start in range(0, size, step)]
         self.has_begun = threading.Event()
         """The last piece has."""
         self._results: dict[int, list[np.ndarray]] = {}
         """By where the piece starts."""
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._left = len(self.pieces)
+        self._senders = [request.get_response_sender() for request in requests]
 
     def run(self, piece: slice, session: onnxruntime.InferenceSession) -> None:
-        """Send a piece through the model; with the last of them, answer."""
+        """Send a piece through the model; with the last of them, answer. Raises nothing."""
         try:
+            if piece is self.pieces[-1]:
+                self.has_begun.set()
             self._results[piece.start] = session.run(
                 self._outputs, {name: items[piece] for name, items in self._feed.items()}
             )
-        except Exception as error:
+        except BaseException as error:
             self._error = error
         with self._lock:
             self._left -= 1
             is_done = self._left == 0
         if is_done:
             for sender, response in zip(self._senders, self._responses(), strict=True):
-                sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                _send(sender, response)
 
     def _responses(self) -> list:
         try:
@@ -152,17 +176,43 @@ class Batch:
                 raise self._error
             results = [self._results[piece.start] for piece in self.pieces]
             whole = [np.concatenate(parts) for parts in zip(*results, strict=True)]
+            if any(len(items) != self._ends[-1] for items in whole):
+                raise ValueError("the model's outputs are not one for each item")
             splits = {name: np.split(items, self._ends[:-1]) for name, items in zip(self._outputs, whole, strict=True)}
             return [
                 pb_utils.InferenceResponse([pb_utils.Tensor(name, parts[i]) for name, parts in splits.items()])
                 for i in range(len(self._senders))
             ]
-        except Exception as error:  # nobody else would answer
+        except BaseException as error:  # nobody else would answer
             return [_failure(error) for _ in self._senders]
 
 
-def _failure(error: Exception):
+def _send(sender, response) -> None:
+    """Answer one request: with an error where its answer cannot be sent. Raises nothing, for the others' sake."""
+    try:
+        sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    except BaseException as error:
+        _report()
+        try:
+            sender.send(_failure(error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        except BaseException:  # Triton takes no answer to it any more
+            _report()
+
+
+def _report() -> None:
+    with contextlib.suppress(BaseException):
+        traceback.print_exc()
+
+
+def _failure(error: BaseException):
     return pb_utils.InferenceResponse([], pb_utils.TritonError(f"onnxruntime: {error}"))
+
+
+def _count(parameters: dict[str, str], name: str, default: int) -> int:
+    value = int(parameters.get(name, default))
+    if value < 0:
+        raise ValueError(f"{name} is {value}: give 0 or more")
+    return value
 
 
 def _session(path: str, parameters: dict[str, str], threads: int) -> onnxruntime.InferenceSession:
