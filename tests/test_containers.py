@@ -15,11 +15,12 @@ import yaml
 from compose_viz.spec.compose_spec import ComposeSpecification
 
 from contract.routing import Routing
+from export import config
 from export.steps import REPOSITORY
 from gateway.keys import KeysTable
 from gateway.settings import Settings
 from tests.conftest import ROOT
-from triton_runtime.installation import SERVER_VERSION
+from triton_runtime.installation import SERVER_VERSION, SharedMemory
 from triton_runtime.server import RESTRICTED, Endpoint, TritonServer
 
 
@@ -213,7 +214,16 @@ def test_triton_and_its_repository_share_one_volume() -> None:
     assert SERVICES["triton"]["depends_on"]["export"]["condition"] == "service_completed_successfully"
     serving = tomllib.loads((ROOT / "export/serving.toml").read_text())
     assert f"engines:{serving['classifier']['engine_cache']}" in SERVICES["triton"]["volumes"]
+
+
+def test_triton_has_shared_memory_for_the_largest_pictures() -> None:
     assert SERVICES["triton"]["shm_size"] == "1gb"
+    memory = SharedMemory.from_settings()
+    assert memory.needed < 2**30
+    assert memory.largest == Settings.model_fields["max_body_bytes"].default
+    step = config.parse((REPOSITORY / "defect_preprocess/config.pbtxt").read_text())
+    assert memory.processes == sum(group.count for group in step.instance_group)
+    assert memory.pictures == step.max_batch_size
 
 
 def test_the_watcher_follows_the_same_volume() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +16,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import httpx
@@ -27,7 +30,7 @@ from tests.conftest import ROOT, free_endpoint, wait_for
 from tests.offline import Offline
 from tests.test_preprocessing import png_header
 from triton_runtime import installation
-from triton_runtime.installation import Installation, Missing
+from triton_runtime.installation import Installation, Missing, SharedMemory
 from triton_runtime.server import Endpoint, TritonFailed, TritonServer
 
 
@@ -201,6 +204,72 @@ def test_each_thing_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch,
     assert "numpy<2" in reason()
     with pytest.raises(Missing, match="is not writable"):
         installation.check_shared_memory(tmp_path / "nowhere")
+
+
+def test_too_little_shared_memory_is_one_line_that_says_what_is_enough(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("GATEWAY_MAX_BODY_BYTES", raising=False)
+    free = 64 << 20
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(Missing, match=r"has 64 MiB left, pictures of 20 MiB may need 705: .*--shm-size=1g") as caught:
+        installation.check_shared_memory(tmp_path)
+    assert "\n" not in str(caught.value)
+    enough = re.search(r"GATEWAY_MAX_BODY_BYTES=(\d+)$", str(caught.value))
+    assert enough
+    monkeypatch.setenv("GATEWAY_MAX_BODY_BYTES", enough[1])
+    installation.check_shared_memory(tmp_path)
+    monkeypatch.setenv("GATEWAY_MAX_BODY_BYTES", str(int(enough[1]) + 100))
+    with pytest.raises(Missing, match="may need"):
+        installation.check_shared_memory(tmp_path)
+    free = 10 << 20
+    with pytest.raises(Missing, match=r"--shm-size=1g\)$"):
+        installation.check_shared_memory(tmp_path)
+    monkeypatch.setenv("GATEWAY_MAX_BODY_BYTES", "20 MB")
+    with pytest.raises(Missing, match="GATEWAY_MAX_BODY_BYTES='20 MB' is no number"):
+        installation.check_shared_memory(tmp_path)
+
+
+_CROWD = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tests.test_triton_runtime import infer
+from tests.fuzzing import handmade
+from triton_runtime.server import TritonServer
+from triton_runtime.stack import free_endpoint
+from PIL import Image
+
+size, clients = int(sys.argv[2]), int(sys.argv[3])
+side = int((size / 3) ** 0.5) // 4 * 4 - 4
+picture = handmade.os2(Image.new("RGB", (side, side)))
+picture += bytes(size - len(picture))
+with TritonServer(Path(sys.argv[1]), free_endpoint()) as server:
+    server.wait_until_ready()
+    with ThreadPoolExecutor(clients) as pool:
+        for answer in pool.map(lambda _: infer(server.endpoint, "defect-v1", [picture]), range(3 * clients)):
+            assert not answer["ERROR"].any(), answer["ERROR"]
+print("answered")
+"""
+
+
+@pytest.mark.alone
+def test_the_shared_memory_that_the_start_asks_for_is_enough_for_a_crowd(pristine: Path) -> None:
+    """Of clients that send nothing but the largest pictures, past the gateway, which would let fewer of them in."""
+    largest = 4 << 20
+    memory = dataclasses.replace(SharedMemory.from_settings(), largest=largest)
+    mount = f"mount -t tmpfs -o size={memory.needed} tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("a /dev/shm of one's own needs root")
+    command = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", sys.executable, "-c", _CROWD]
+    done = subprocess.run(
+        [*command, str(pristine), str(largest), "64"],
+        cwd=ROOT,
+        env={**os.environ, "GATEWAY_MAX_BODY_BYTES": str(largest)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.endswith("answered\n"), done.stderr[-2000:]
 
 
 def test_a_port_in_use_is_named_with_the_variable_that_sets_it(pristine: Path) -> None:

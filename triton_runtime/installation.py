@@ -14,14 +14,19 @@ import shutil
 import socket
 import sys
 import sysconfig
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 SERVER_VERSION = "24.10"
 """The NVIDIA release that the wheel carries; docker-compose.yml runs the same one."""
 GLIBC = (2, 35)
-SHARED_MEMORY = 64 << 20
-"""Bytes that must be free for the Python stubs: what Docker gives a container that asks for nothing."""
+LARGEST_BODY = 20 << 20
+"""Bytes of the largest picture, where GATEWAY_MAX_BODY_BYTES does not say another number: the gateway's default."""
+SERVING = Path(__file__).parent.parent / "export" / "serving.toml"
+_OTHER_STEPS = 16 << 20
+_PIXELS = 256 << 10
+"""What a prepared picture takes, and a little."""
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
@@ -150,10 +155,55 @@ def check_port(address: str, port: int, name: str) -> None:
             raise Missing(f"cannot listen on {address}:{port} ({error.strerror}): set {name} to another port") from None
 
 
+@dataclass(frozen=True)
+class SharedMemory:
+    """How much of it the Python steps may come to need; they grow with the largest pictures, and never shrink.
+
+    Each process of preprocessing holds a whole batch of pictures, and one more. With the default settings 64 clients of
+    pictures of 19.9 MiB made it 686 MiB, and this says 705; with 1.6 MiB they failed at 64, and this says 80.
+
+    Args:
+        processes: of preprocessing, for one number of it.
+        pictures: most in a batch.
+        largest: bytes of the largest picture.
+    """
+
+    processes: int
+    pictures: int
+    largest: int
+
+    @classmethod
+    def from_settings(cls) -> SharedMemory:
+        """export/serving.toml, and GATEWAY_MAX_BODY_BYTES.
+
+        Raises:
+            Missing: the variable is no number.
+        """
+        serving = tomllib.loads(SERVING.read_text())
+        largest = os.environ.get("GATEWAY_MAX_BODY_BYTES", str(LARGEST_BODY))
+        if not largest.isascii() or not largest.isdigit():
+            raise Missing(f"GATEWAY_MAX_BODY_BYTES={largest!r} is no number of bytes")
+        return cls(serving["preprocess"]["instances"], serving["max_batch_size"], int(largest))
+
+    @property
+    def needed(self) -> int:
+        """Bytes."""
+        return _OTHER_STEPS + self.processes * (self.pictures + 1) * (self.largest + _PIXELS)
+
+    def largest_in(self, free: int) -> int:
+        """Bytes of the largest picture for which so many are enough; 0 or less: none is."""
+        return (free - _OTHER_STEPS) // (self.processes * (self.pictures + 1)) - _PIXELS
+
+
 def check_shared_memory(folder: Path = SHARED_MEMORY_FOLDER) -> None:
-    """Raise `Missing` where the Python stubs would have no shared memory to talk through."""
+    """Raise `Missing` where the Python stubs would have too little shared memory to talk through."""
     if not os.access(folder, os.W_OK):
         raise Missing(f"{folder} is not writable: Triton's Python steps talk through shared memory")
+    memory = SharedMemory.from_settings()
     free = shutil.disk_usage(folder).free
-    if free < SHARED_MEMORY:
-        raise Missing(f"{folder} has {free >> 20} MB left, needs {SHARED_MEMORY >> 20}: free some, or raise shm_size")
+    if free >= memory.needed:
+        return
+    wanted = f"{folder} has {free >> 20} MiB left, pictures of {memory.largest / 2**20:.3g} MiB may need"
+    smaller = memory.largest_in(free)
+    or_else = f", or set GATEWAY_MAX_BODY_BYTES={smaller}" if smaller > 0 else ""
+    raise Missing(f"{wanted} {-(-memory.needed >> 20)}: give it more (docker run --shm-size=1g){or_else}")

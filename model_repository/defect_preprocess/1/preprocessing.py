@@ -60,7 +60,7 @@ MAX_PARTS = 200_000
 """Strips or tiles of a TIFF: 50 megapixels in the smallest tiles, 16 x 16. More are refused unread."""
 
 MAX_SECONDS = 5.0
-"""Processor time after which a picture is given up, several times what the dearest sound one takes. It is looked at
+"""Processor time after which a picture is given up: twice what decoding the dearest sound one takes. It is looked at
 between two reads of the file, so what a decoder does in one go comes on top: docs/operations.md has the figures. It is
 the processor's time, not the clock's, so that no picture is refused because others keep the machine busy."""
 
@@ -213,7 +213,8 @@ if not hasattr(TiffImagePlugin.ImageFileDirectory_v2, "is_bounded"):
 
 def _prepare(file: _File, size: int) -> np.ndarray:
     with _open(file) as decoded:
-        orientation = _decode(decoded, file, size)
+        orientation = _decode(decoded, size)
+        file.look_at_the_time()
         picture = _canonical(decoded)
         if picture is not decoded:
             decoded.close()  # resizing needs memory of its own
@@ -318,7 +319,7 @@ def _tags(data: bytes) -> dict[int, list[tuple[int, int]]]:
     return found
 
 
-def _decode(picture: Image.Image, file: _File, size: int) -> int:
+def _decode(picture: Image.Image, size: int) -> int:
     """Decode the pixels in place; return the EXIF orientation (1 to 8) that is still to be applied."""
     picture.draft(None, (size, size))
     try:
