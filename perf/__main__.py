@@ -36,6 +36,7 @@ _EPILOG = """what it does
   Everything is measured once a round, in turns, with two releases directly after each other. A figure's 95 % interval
   comes from how much it differs between the rounds. A bound of perf/budgets.toml passes or fails where the whole
   interval is on one side of it. Otherwise it is inconclusive: more --rounds or a quieter machine narrow the interval.
+  So is what could not be measured in a round, since no request was answered within 16 times the time for it.
 
   The gateway gets its load from a small client in this process, the rest from perf_analyzer. A request rate means
   requests that do not wait for each other: at random times over HTTP, at even intervals over gRPC. Less than 90 % of
@@ -98,6 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
     results = report.results
     for table in (tables.latencies(results), tables.parts(results), tables.verdicts(report.verdicts)):
         console.print(table)
+    for case in results.cases:
+        if why := results.unmeasured(case):
+            console.print(f"{case.release}, {case.endpoint}, {case.load}: {why}")
     console.print(f"{report.title}: {report.summary()}")
     console.print(f"report:  {page}\nfigures: {data}", markup=False, highlight=False, soft_wrap=True)
     bad = {"fail", "inconclusive"} if options.strict else {"fail"}

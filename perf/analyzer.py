@@ -13,7 +13,7 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -26,6 +26,9 @@ from triton_runtime.installation import Installation
 BINARY = Path(__file__).resolve().parent.parent / ".venv-perf" / "bin" / "perf_analyzer"
 WINDOWS = 3
 """perf_analyzer measures in windows; this many are taken together."""
+LONGER = (1, 4, 16)
+"""Windows are made so many times longer, where no request began and ended within one: the machine may be busy."""
+_NOTHING = "larger time window"  # of what it says then
 _LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
 
 
@@ -33,11 +36,15 @@ class PerfError(RuntimeError):
     """Something cannot be measured; the message says what to do."""
 
 
+class NothingMeasured(PerfError):
+    """No request was answered within a window, however long it was made; another load may be measured all the same."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One level of load: requests a second, and latencies in milliseconds as the client saw them.
 
-    `concurrency` is 0 where a rate was asked for.
+    `concurrency` is 0 where a rate was asked for. `seconds` is how long it was measured.
     """
 
     concurrency: int
@@ -47,6 +54,7 @@ class Measurement:
     p95: float
     p99: float
     mean: float
+    seconds: float = 0.0
 
 
 class Analyzer:
@@ -85,15 +93,17 @@ class Analyzer:
     ) -> Measurement:
         """Load a model, or one version of it, with these inputs in turn, `group` at a time, for `WINDOWS` intervals.
 
+        On a busy machine nothing may be answered within so short a time; then the intervals are made longer (`LONGER`).
+
         Raises:
+            NothingMeasured: not even within the longest.
             PerfError: perf_analyzer did not finish.
         """
         report = self._folder / "report.csv"
-        report.unlink(missing_ok=True)  # perf_analyzer writes over nothing
         command = [str(self._binary), "-m", model, "-i", "grpc", "-u", self._url, "-f", str(report), "--verbose-csv"]
-        command += [f"--input-data={inputs}", "--percentile=95", f"--measurement-interval={interval_ms}"]
+        command += [f"--input-data={inputs}", "--percentile=95"]
         # Windows need not agree: on a shared machine they rarely do.
-        command += ["--stability-percentage=999", f"--max-trials={WINDOWS}"]
+        command += ["--stability-percentage=1000000", f"--max-trials={WINDOWS}"]
         command += ["-b", str(group)] if group > 1 else []
         command += ["-x", str(version)] if version else []
         if load.request_rate:
@@ -101,11 +111,18 @@ class Analyzer:
             command += [f"--request-rate-range={load.request_rate}", "--async"]
         else:
             command += [f"--concurrency-range={load.concurrency}"]
-        run = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False)
-        if run.returncode or not report.is_file():
-            lines = (run.stdout + run.stderr).strip().splitlines()
-            raise PerfError(f"perf_analyzer failed on {model}, {load}: {' / '.join(lines[-3:])}")
-        return read_report(report)
+        for longer in LONGER:
+            interval = round(longer * interval_ms)
+            report.unlink(missing_ok=True)  # perf_analyzer writes over nothing
+            timed = [*command, f"--measurement-interval={interval}"]
+            run = subprocess.run(timed, env=self._environment, capture_output=True, text=True, check=False)
+            if run.returncode == 0 and report.is_file():
+                return replace(read_report(report), seconds=WINDOWS * interval / 1000)
+            said = run.stdout + run.stderr
+            if _NOTHING not in said:
+                lines = said.strip().splitlines()
+                raise PerfError(f"perf_analyzer failed on {model}, {load}: {' / '.join(lines[-3:])}")
+        raise NothingMeasured(f"no request was answered within {interval / 1000:g} s: lengthen --seconds")
 
 
 def measure(

@@ -77,6 +77,7 @@ class Report:
             _note(_ATTRIBUTION),
             "<h2>All cases</h2>",
             self._cases(),
+            *self._unmeasured(),
         ]
         if answers := self._answers():
             body += ["<h2>What the answers say</h2>", answers, _note("Means of the answers' own timing_ms.")]
@@ -132,6 +133,11 @@ class Report:
             shown = map(_number, (*figures, *map(parts.get, PARTS)))
             rows.append((*map(escape, (case.release, case.endpoint, case.load.short)), *shown))
         return _table(("release", "endpoint", "load", "req/s", *QUANTILES, *PARTS), rows)
+
+    def _unmeasured(self) -> Iterator[str]:
+        for case in self.results.cases:
+            if why := self.results.unmeasured(case):
+                yield _note(f"{_label(case)}: {why}.")
 
     def _answers(self) -> str:
         said = {case: answers for case in self.results.cases if (answers := self.results.answers(case))}

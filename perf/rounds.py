@@ -14,7 +14,7 @@ import contract
 from contract import Manifest
 from export.repository import Repository
 from perf import attribution, client, steps
-from perf.analyzer import WINDOWS, Analyzer
+from perf.analyzer import WINDOWS, Analyzer, NothingMeasured
 from perf.bench.contenders import limit
 from perf.load import Load
 from perf.serving import Serving
@@ -37,6 +37,7 @@ class Run:
 
     `parts` divide the mean; `answers` are the means of the answers' own `timing_ms`. Both may be empty. `failed` counts
     requests by the reason why they were not answered. Latencies are of those that were, NaN where there is none.
+    `unmeasured` is why there are no figures, where the machine was too busy for the measurement.
     """
 
     case: Case
@@ -50,6 +51,7 @@ class Run:
     parts: Mapping[str, float] = field(default_factory=dict)
     answers: Mapping[str, float] = field(default_factory=dict)
     failed: Mapping[str, int] = field(default_factory=dict)
+    unmeasured: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ class Results:
         values = [getattr(run, name) for run in self.of(case)]
         return statistics.geometric_mean(values) if all(value > 0 for value in values) else None
 
+    def unmeasured(self, case: Case) -> str:
+        """In how many rounds a case could not be measured, and why; empty where it could be in all."""
+        return unmeasured(self.of(case))
+
     def parts(self, case: Case) -> dict[str, float]:
         """The parts of the mean request over the rounds; empty where nothing was answered."""
         return _mean([run.parts for run in self.of(case) if run.parts])
@@ -80,6 +86,12 @@ class Results:
     def answers(self, case: Case) -> dict[str, float]:
         """The same of what the answers say of themselves."""
         return _mean([run.answers for run in self.of(case) if run.answers])
+
+
+def unmeasured(runs: Sequence[Run]) -> str:
+    """Which share of the rounds has no figures, and why; empty where all have."""
+    reasons = [run.unmeasured for run in runs if run.unmeasured]
+    return f"not measured in {len(reasons)} of {len(runs)} rounds, {reasons[0]}" if reasons else ""
 
 
 def _mean(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -151,6 +163,8 @@ class Rounds:
         release = self._releases[case.release]
         before = attribution.snapshot(self._serving.triton, release, case.endpoint)
         run = (self._over_http if case.endpoint == "gateway" else self._over_grpc)(case, number, seconds)
+        if run.unmeasured:
+            return run
         after = attribution.snapshot(self._serving.triton, release, case.endpoint)
         return replace(run, parts=attribution.parts(run.mean, before, after))
 
@@ -160,14 +174,18 @@ class Rounds:
         if case.endpoint in contract.STEPS:
             model = contract.step_model(release.pipeline, case.endpoint)
             version = release.steps[case.endpoint].version
-        m = self._analyzer.run(
-            model,
-            self._inputs[case.release, case.endpoint],
-            case.load,
-            version=version,
-            interval_ms=round(1000 * seconds / WINDOWS),
-        )
-        return Run(case, number, round(m.throughput * seconds), m.throughput, m.mean, m.p50, m.p95, m.p99)
+        try:
+            m = self._analyzer.run(
+                model,
+                self._inputs[case.release, case.endpoint],
+                case.load,
+                version=version,
+                interval_ms=round(1000 * seconds / WINDOWS),
+            )
+        except NothingMeasured as error:
+            nothing = float("nan")
+            return Run(case, number, 0, nothing, nothing, nothing, nothing, nothing, unmeasured=str(error))
+        return Run(case, number, round(m.throughput * m.seconds), m.throughput, m.mean, m.p50, m.p95, m.p99)
 
     def _over_http(self, case: Case, number: int, seconds: float) -> Run:
         url = self._serving.predict_url(case.release)

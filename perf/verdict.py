@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from perf.budgets import Budget, Comparison
 from perf.confidence import Interval, Outcome
 from perf.load import Load
-from perf.rounds import Case, Results, Run
+from perf.rounds import Case, Results, Run, unmeasured
 
 KEPT_RATE = 0.9
 """Share of a request rate that must be answered, or the latencies are those of a server that falls behind."""
@@ -94,7 +94,9 @@ class _Judge:
         if all(value > 0 for value in values):  # NaN is not
             measured = Interval.of_rounds(values)
             outcome = measured.is_at_most(bound) if at_most else measured.is_at_least(bound)
-        if failed:
+        if lacking := " and ".join(filter(None, map(unmeasured, self.runs))):
+            outcome, note = "inconclusive", lacking
+        elif failed:
             (reason, _), *_ = failed.most_common(1)
             outcome, note = "fail", f"{failed.total()} requests failed: {reason}"
         elif measured is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,6 +66,19 @@ def test_a_load_whose_requests_fail_fails() -> None:
 def test_a_round_without_an_answer_fails() -> None:
     nothing = runs("defect-v1", [float("nan")] * 2, requests=0)
     assert outcomes(budget(p95=30), nothing) == {"p95": "fail"}
+
+
+def test_what_a_busy_machine_kept_from_being_measured_is_inconclusive() -> None:
+    measured = runs("defect-v1", [20, 20])
+    measured += [replace(measured[0], round=2, p95=float("nan"), requests=0, unmeasured="no request was answered")]
+    (found,) = verdict.of_budget(budget(p95=30), "defect-v1", Results(measured, []))
+    assert (found.outcome, found.measured) == ("inconclusive", None)
+    assert found.note == "not measured in 1 of 3 rounds, no request was answered"
+    compared = Comparison(endpoint="gateway", concurrency=4, p95=1.2)
+    for names in (("defect-v1", "defect-v2"), ("defect-v2", "defect-v1")):
+        results = Results(measured + runs("defect-v2", [20, 20, 20]), [])
+        (found,) = verdict.of_comparison(compared, *names, results)
+        assert (found.outcome, found.note) == ("inconclusive", "not measured in 1 of 3 rounds, no request was answered")
 
 
 @pytest.mark.parametrize(("throughput", "expected"), [(100.0, "pass"), (80.0, "fail")])
