@@ -375,6 +375,21 @@ def test_where_the_repository_cannot_be_written_the_server_is_started_anew(
     assert "Read-only file system" in capfd.readouterr().err
 
 
+def test_a_triton_that_crashes_while_it_loads_the_step_is_started_anew(triton: TritonServer, jpeg: bytes) -> None:
+    """It does so now and then, too seldom to be waited for."""
+    with triton:
+        triton.wait_until_ready()
+        first = triton.process
+        os.kill(next(iter(stubs.look(first.pid).living)).pid, signal.SIGKILL)
+        wait_for(lambda: triton._healer.is_loading)
+        os.kill(first.pid, signal.SIGSEGV)
+        wait_for(lambda: triton.process is not first, 60)
+        assert triton.poll() is None
+        wait_for(lambda: answers(triton.endpoint, jpeg), 120)
+        os.kill(triton.process.pid, signal.SIGSEGV)
+        wait_for(lambda: triton.poll() == -signal.SIGSEGV)  # another crash is for others to decide about
+
+
 def test_one_that_hangs_is_not_dead(triton: TritonServer) -> None:
     with triton:
         triton.wait_until_ready()

@@ -102,7 +102,12 @@ class Healer:
     @property
     def pause(self) -> float:
         """Seconds until the next look."""
-        return _SHORT_LOOK_S if any(step.asked is not None for step in self._steps.values()) else LOOK_S
+        return _SHORT_LOOK_S if self.is_loading else LOOK_S
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether Triton loads a step again, or is about to."""
+        return any(step.asked is not None for step in self._steps.values())
 
     @property
     def replaced(self) -> frozenset[Process]:

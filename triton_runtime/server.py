@@ -246,7 +246,12 @@ class TritonServer:
 
     def poll(self) -> int | None:
         """Triton's exit status where it ended by itself; None while it runs, or is being restarted."""
-        return None if self._is_between else self.process.poll()
+        return None if self._is_between or self._crashed_by_healing() else self.process.poll()
+
+    def _crashed_by_healing(self) -> bool:
+        """Triton 24.10 crashes now and then while it loads a step again; what was done to it here is mended here."""
+        status = self.process.poll()
+        return status is not None and -status in _CRASHES and self._thread is not None and self._healer.is_loading
 
     def restart(self) -> None:
         """Stop Triton in order, where it has not ended, and start it anew.
@@ -254,7 +259,10 @@ class TritonServer:
         Raises:
             Missing: as on entering.
         """
+        process = self.process
         with self._changing:
+            if self.process is not process:
+                return  # another thread did it meanwhile
             self._is_between = True
             try:
                 self._end()
@@ -303,7 +311,13 @@ class TritonServer:
                     if process is not self.process:
                         process, strangers = self.process, set()
                         self._healer.begin()
-                    if process.poll() is None:
+                    if self._crashed_by_healing():
+                        print(
+                            "triton: crashed while it loaded a step, and is started anew", file=sys.stderr, flush=True
+                        )
+                        self._healer.begin()  # if it crashes once more, others decide
+                        self._heal(healing.Restart())
+                    elif process.poll() is None:
                         for action in self._healer.look(time.monotonic(), stubs.look(process.pid, strangers)):
                             self._heal(action)
             except Exception as error:
