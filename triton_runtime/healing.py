@@ -141,7 +141,7 @@ class Healer:
         return actions + list(self._restart(now, self._hopeless(now, strays, seen)))
 
     def _remember(self, now: float, seen: Seen) -> None:
-        here = seen.dead | seen.living.keys()
+        here = seen.dead | seen.ending | seen.living.keys()
         self._files = {process: file for process, file in self._files.items() if process in here} | seen.living
         self._dead_since = {process: self._dead_since.get(process, now) for process in seen.dead}
         self._settled &= here

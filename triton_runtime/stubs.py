@@ -38,10 +38,14 @@ class Process:
 
 @dataclass(frozen=True)
 class Seen:
-    """The stubs of a server: each living one with the file of the model's version that it runs, and the dead ones."""
+    """The stubs of a server: each living one with the file of the model's version that it runs, and the dead ones.
+
+    `ending` are those that do not say what they run: they begin just now, or end, and are dead the next time.
+    """
 
     living: dict[Process, Path]
     dead: frozenset[Process]
+    ending: frozenset[Process] = frozenset()
 
 
 def look(server: int, strangers: set[int] | None = None, proc: Path = PROC) -> Seen:
@@ -50,7 +54,7 @@ def look(server: int, strangers: set[int] | None = None, proc: Path = PROC) -> S
     `strangers` is kept from one look to the next: the processes that are no children of the server, and that need not
     be read again, which makes a look cheap where many processes run.
     """
-    living, dead = {}, set()
+    living, dead, ending = {}, set(), set()
     here = {int(entry) for entry in os.listdir(proc) if entry.isdigit()}
     strangers = set() if strangers is None else strangers
     strangers &= here
@@ -66,7 +70,9 @@ def look(server: int, strangers: set[int] | None = None, proc: Path = PROC) -> S
                 dead.add(process)
             elif model := _model(proc / str(pid)):
                 living[process] = model
-    return Seen(living, frozenset(dead))
+            else:
+                ending.add(process)
+    return Seen(living, frozenset(dead), frozenset(ending))
 
 
 def _status(proc: Path, pid: int) -> tuple[str, str, int, int] | None:
