@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from rich.table import Table
 
 from chaos.faults import FAULTS, Fault
 from chaos.load import Known
-from chaos.stack import Triton, shared_memory
-from chaos.trial import Report, stack_for, try_out
+from chaos.releases import Pair
+from chaos.stack import shared_memory
+from chaos.trial import Report, servers, stack_for, try_out
 from export.repository import Repository
 from triton_runtime.installation import Missing
 from triton_runtime.server import TritonFailed
@@ -42,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     parse.add_argument("--log", type=Path, metavar="FILE", help="the gateways' log")
     options = parse.parse_args(arguments)
     unwind_on_signals()
-    faults = [FAULTS[name] for name in options.only or FAULTS]
+    faults = sorted((FAULTS[name] for name in options.only or FAULTS), key=lambda fault: bool(fault.routing))
     console = Console()
     try:
         reports = _run(faults, options, console)
@@ -60,25 +63,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(faults: list[Fault], options: argparse.Namespace, console: Console) -> list[Report]:
-    releases = Repository(options.repository).releases(options.pipeline)
-    if not releases:
+    if not Repository(options.repository).releases(options.pipeline):
         raise Missing(f"{options.repository} holds no release of {options.pipeline}: run 'make export'")
-    known, reports = Known(releases), []
-    tritons = [Triton(options.repository) for _ in range(max(fault.replicas for fault in faults))]
+    reports: list[Report] = []
     with contextlib.ExitStack() as context:
         log = context.enter_context(open(options.log or os.devnull, "wb"))
         status = context.enter_context(console.status("starting Triton"))
-        for triton in tritons:
-            context.callback(triton.stop)
-        for number, fault in enumerate(faults, 1):
-            status.update(f"{fault.name} ({number} of {len(faults)})")
-            for triton in tritons:
-                if not triton.is_running:
-                    triton.start()
-            with stack_for(fault, tritons, options.pipeline, log) as stack:
-                reports.append(try_out(fault, stack, known, options.seconds, options.allowance_ms / 1000))
-            report = reports[-1]
-            console.print(f"{fault.name}: {'passed' if report.has_passed else '; '.join(report.problems)}")
+        folder = Path(context.enter_context(TemporaryDirectory(prefix="chaos-")))
+        for is_on_two, group in itertools.groupby(faults, lambda fault: bool(fault.routing)):
+            pair = Pair(options.repository, folder, options.pipeline) if is_on_two else None
+            root = pair.root if pair else options.repository
+            with servers(root, same := list(group)) as tritons:
+                for fault in same:
+                    status.update(f"{fault.name} ({len(reports) + 1} of {len(faults)})")
+                    with stack_for(fault, tritons, options.pipeline, log, pair) as stack:
+                        known = Known(Repository(root).releases(options.pipeline), silent=fault.silent(pair))
+                        reports.append(try_out(fault, stack, known, options.seconds, options.allowance_ms / 1000))
+                    outcome = "; ".join(reports[-1].problems) or "passed"
+                    console.print(f"{fault.name}: {'; '.join([outcome, *reports[-1].notes])}")
     return reports
 
 

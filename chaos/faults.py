@@ -8,11 +8,14 @@ import random
 import signal
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from chaos.load import Known, Load, Seen
+import psutil
+
+from chaos.load import Ask, Known, Load, Seen
+from chaos.releases import Pair, poisoned
 from chaos.stack import Stack, send
 from contract import STEPS
 
@@ -25,7 +28,8 @@ class Fault:
     """A row. `act` gets the stack, what may be asked, and for how many seconds to hold the harm.
 
     `is_hidden`: no ordinary request may fail. `spared`: what cannot be judged, since the gateway itself is gone.
-    `act` returns what extra clients saw, if it had any.
+    `routing` makes it a fault on two releases, `{sound}` and `{other}`, with this routing. `act` returns what extra
+    clients saw, if it had any.
     """
 
     name: str
@@ -34,6 +38,11 @@ class Fault:
     needs_proxy: bool = False
     is_hidden: bool = False
     spared: frozenset[Spared] = frozenset()
+    routing: str = ""
+
+    def silent(self, pair: Pair | None) -> str:
+        """The release that may not answer: the shadow."""
+        return pair.other if pair and self.routing == OTHER_WATCHES else ""
 
 
 def _kill(stack: Stack, _: Known, hold: float) -> None:
@@ -55,24 +64,137 @@ def _hang(stack: Stack, _: Known, hold: float) -> None:
 
 
 def _kill_stub(stack: Stack, _: Known, hold: float, step: str) -> None:
-    triton = stack.tritons[0]
-    triton.stub(step).kill()
+    stack.tritons[0].stub(step).kill()
     time.sleep(hold)
-    # Triton 24.10 starts no other process in its place: whoever runs Triton has to restart it.
-    triton.kill()
-    triton.start()
 
 
 def _hang_stub(stack: Stack, _: Known, hold: float, step: str) -> None:
-    triton = stack.tritons[0]
-    stub = triton.stub(step)
+    stub = stack.tritons[0].stub(step)
     send(stub, signal.SIGSTOP)
     time.sleep(hold)
     send(stub, signal.SIGCONT)
-    time.sleep(1.0)
-    if triton.is_running:  # it may have ended by itself, when a process that it had given up went on
-        triton.kill()
-    triton.start()
+
+
+def _kill_stubs_in_turn(stack: Stack, known: Known, hold: float) -> None:
+    """Kill the processes of all steps, each when the one before it was replaced."""
+    triton = stack.tritons[0]
+    for step in STEPS:
+        for number in range(len(triton.stubs(step))):
+            newest = triton.stubs(step)[-1]  # older ones may be left over from a step that was loaded again
+            killed = time.monotonic()
+            newest.kill()
+            if not _holds(partial(_is_whole, stack, known, step, newest.pid), 60):
+                stack.problems.append(f"nothing took the place of {step} {number}")
+                return
+            stack.notes.append(f"{step} {number}: back after {time.monotonic() - killed:.1f} s")
+            time.sleep(hold)
+
+
+def _is_whole(stack: Stack, known: Known, step: str, last: int) -> bool:
+    """Whether a step has a process that is newer than `last`, and the service answers."""
+    return stack.tritons[0].stubs(step)[-1].pid > last and stack.gateway.answers(known.good[0].body)
+
+
+def _holds(condition: Callable[[], bool], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with contextlib.suppress(psutil.Error, IndexError):  # what is looked for may go this moment
+            if condition():
+                return True
+        time.sleep(0.05)
+    return False
+
+
+# ---- releases ----
+
+SOUND_ANSWERS = 'stable = "{sound}"\n'
+OTHER_ANSWERS = 'stable = "{other}"\n'
+OTHER_WATCHES = SOUND_ANSWERS + '[shadow]\nrelease = "{other}"\n'
+OTHERS_VERSION = 2
+
+
+def _kill_release(stack: Stack, known: Known, hold: float) -> list[Seen]:
+    """Kill the processes of a step of the other release again and again, while it is asked as well."""
+    with Load(known, stack.gateway, clients=6, pin=stack.pair.other) as pinned:
+        until, kills = time.monotonic() + 3 * hold, 0
+        while time.monotonic() < until:
+            for triton in stack.tritons:
+                with contextlib.suppress(psutil.Error):  # it may be gone this moment
+                    for stub in triton.stubs("preprocess", OTHERS_VERSION):
+                        if time.time() - stub.create_time() > 1:  # it serves: one that is loading is another fault
+                            stub.kill()
+                            kills += 1
+            time.sleep(0.4)
+        ended = time.monotonic()
+        if _holds(lambda: time.monotonic() - ended > 1 and pinned.is_clean(1.0), 120):
+            stack.notes.append(
+                f"{kills} processes killed; that release back after {time.monotonic() - ended - 1:.1f} s"
+            )
+        else:
+            stack.problems.append(f"{stack.pair.other} did not come back")
+    return _extra(pinned.seen)
+
+
+def _hang_release(stack: Stack, known: Known, hold: float) -> list[Seen]:
+    """Have the processes of a step of the other release hang, while a crowd asks for it, and then die."""
+    stopped = [stub for triton in stack.tritons for stub in triton.stubs("preprocess", OTHERS_VERSION)]
+    for stub in stopped:
+        send(stub, signal.SIGSTOP)
+    # So many that their requests would fill all the room that the gateway has by default.
+    with Load(known, stack.gateway, clients=400, pause_s=2.0, pin=stack.pair.other) as crowd:
+        time.sleep(2 * hold)
+    for stub in stopped:
+        send(stub, signal.SIGKILL)  # to go on would be another fault: what was given up makes Triton 24.10 crash then
+    return _extra(crowd.seen)
+
+
+def _send_poison(stack: Stack, known: Known, hold: float) -> list[Seen]:
+    """Send one picture that ends processes, again and again."""
+    poison = Ask(poisoned(known.good[0].body), "image/jpeg", frozenset({"image_crashes_server"}))
+    before, seen = stack.pair.deaths(), []
+    for _ in range(3):
+        with Load(known, stack.gateway, clients=1, most=4, only=[poison]) as attack:
+            attack.wait()
+        seen += attack.seen
+        time.sleep(hold)
+    deaths = stack.pair.deaths() - before
+    stack.notes.append(f"one picture, sent {len(seen)} times, ended {deaths} processes")
+    if not 0 < deaths <= 2:
+        stack.problems.append(f"one picture ended {deaths} processes")
+    return _extra(seen)
+
+
+def _lose_stable(stack: Stack, _: Known, hold: float) -> None:
+    """Take the stable release away, so that only the shadow is left."""
+    folder = stack.pair.root / stack.pair.sound
+    away = folder.rename(stack.pair.root.parent / stack.pair.sound)
+    time.sleep(2 * hold + 2)  # Triton and the gateway have to notice
+    away.rename(folder)
+
+
+def _extra(seen: list[Seen]) -> list[Seen]:
+    """What is judged for what it is, but nobody promised that it is answered."""
+    return [replace(each, is_ordinary=False) for each in seen]
+
+
+def _kill_in_a_crowd(stack: Stack, known: Known, hold: float) -> list[Seen]:
+    """Kill a server that has much in work."""
+    with Load(known, stack.gateway, clients=64, pause_s=0.0) as crowd:
+        time.sleep(hold)
+        stack.tritons[0].kill()
+        time.sleep(hold)
+    stack.tritons[0].start()
+    return crowd.seen
+
+
+def _be_late(stack: Stack, _: Known, hold: float) -> None:
+    """Leave a question unanswered for somewhat longer than it may take, again and again."""
+    until = time.monotonic() + 3 * hold
+    while time.monotonic() < until:
+        send(stack.tritons[0].process, signal.SIGSTOP)
+        time.sleep(1.2)
+        send(stack.tritons[0].process, signal.SIGCONT)
+        time.sleep(2.0)
 
 
 def _swallow(stack: Stack, _: Known, hold: float) -> None:
@@ -180,6 +302,13 @@ def _table() -> list[Fault]:
         Fault("replica-black-hole", _swallow, replicas=2, needs_proxy=True, is_hidden=True),
         Fault("replica-stub-kill", partial(_kill_stub, step="classifier"), replicas=2, is_hidden=True),
         Fault("replica-stub-hang", partial(_hang_stub, step="classifier"), replicas=2, is_hidden=True),
+        Fault("replica-kill-in-a-crowd", _kill_in_a_crowd, replicas=2, is_hidden=True),
+        Fault("replica-late", _be_late, replicas=2, is_hidden=True),
+        Fault("stubs-kill", _kill_stubs_in_turn),
+        Fault("release-kill", _kill_release, replicas=2, is_hidden=True, routing=SOUND_ANSWERS),
+        Fault("release-hang", _hang_release, is_hidden=True, routing=SOUND_ANSWERS),
+        Fault("poison", _send_poison, replicas=2, is_hidden=True, routing=OTHER_ANSWERS),
+        Fault("shadow-alone", _lose_stable, routing=OTHER_WATCHES),
         Fault("gateway-kill", _kill_gateway, spared=frozenset({"untyped"})),
         Fault("gateway-hang", _hang_gateway, spared=frozenset({"late"})),
         Fault("clients-vanish", partial(_misbehave, client=_vanish), is_hidden=True),

@@ -65,9 +65,13 @@ class Seen:
 
 @dataclass
 class Known:
-    """What may be asked of the releases of a pipeline, and what the answer is."""
+    """What may be asked of the releases of a pipeline, and what the answer is.
+
+    `silent` is a release that may not answer: whatever it says is wrong.
+    """
 
     releases: Sequence[Manifest]
+    silent: str = ""
     good: list[Ask] = field(init=False)
     bad: list[Ask] = field(init=False)
 
@@ -88,6 +92,8 @@ class Known:
         release = next((each for each in self.releases if each.name == answer["model_version"]), None)
         if release is None:
             return f"there is no release {answer['model_version']}"
+        if release.name == self.silent:
+            return f"{release.name} answered, as {answer['route']}"
         golden = next((each for each in release.golden if each.image == ask.body), None)
         if golden is None:
             return "a bad picture was answered"
@@ -98,8 +104,9 @@ class Known:
 class Connection:
     """One client's connection, opened when it is needed."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, pin: str = "") -> None:
         self._port = port
+        self._path = f"/v1/predict?model_version={pin}" if pin else "/v1/predict"
         self._writer: asyncio.StreamWriter | None = None
 
     async def send(self, ask: Ask, timeout_ms: int | None, share: float = 1.0) -> None:
@@ -111,7 +118,7 @@ class Connection:
         if self._writer is None:
             self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
         lines = [
-            "POST /v1/predict HTTP/1.1",
+            f"POST {self._path} HTTP/1.1",
             "Host: chaos",
             f"Content-Type: {ask.media_type}",
             f"Content-Length: {len(ask.body)}",
@@ -154,16 +161,27 @@ class Load:
         clients: connections at once.
         pause_s: how long each client rests between two requests, on average.
         most: requests in all.
+        pin: the release to ask; by default the routing decides.
+        only: what to ask; by default good pictures, bad ones, and some answers that nobody waits for.
     """
 
     def __init__(
-        self, known: Known, gateway: Gateway, *, clients: int = 12, pause_s: float = 0.2, most: int | None = None
+        self,
+        known: Known,
+        gateway: Gateway,
+        *,
+        clients: int = 12,
+        pause_s: float = 0.2,
+        most: int | None = None,
+        pin: str = "",
+        only: Sequence[Ask] = (),
     ) -> None:
         self.seen: list[Seen] = []
         self._known, self._port = known, gateway.port
         self._problems = gateway.problems()
         self._clients, self._pause_s = clients, pause_s
         self._left = most
+        self._pin, self._only = pin, only
         self._chance = random.Random(7)  # noqa: S311 - no secret
         self._is_ending = False
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
@@ -190,12 +208,14 @@ class Load:
         await asyncio.gather(*(self._client() for _ in range(self._clients)))
 
     async def _client(self) -> None:
-        connection = Connection(self._port)
+        connection = Connection(self._port, self._pin)
         while not self._is_ending and self._left != 0:
             if self._left is not None:
                 self._left -= 1
             drawn = self._chance.random()
-            if drawn < 0.1:
+            if self._only:
+                await self._ask(connection, self._chance.choice(self._only))
+            elif drawn < 0.1:
                 await self._leave(connection)
             elif drawn < 0.3:
                 await self._ask(connection, self._chance.choice(self._known.bad))
@@ -214,7 +234,7 @@ class Load:
         self.seen.append(Seen(sent, time.monotonic(), DEADLINE_S, "left", "", False))
 
     async def _ask(self, connection: Connection, ask: Ask) -> None:
-        timeout_ms = self._chance.choice(_TIMEOUTS_MS)
+        timeout_ms = None if self._only else self._chance.choice(_TIMEOUTS_MS)
         deadline_s = DEADLINE_S if timeout_ms is None else timeout_ms / 1000
         sent = time.monotonic()
         try:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from chaos.faults import Fault
 from chaos.load import Known, Load, Seen, refusals
 from chaos.proxy import Proxy
+from chaos.releases import Pair
 from chaos.stack import Gateway, Stack, Triton, shared_memory
 from triton_runtime.stack import free_port
 
@@ -40,6 +43,7 @@ class Report:
     memory_mb: float
     shared_memory_mb: float
     problems: list[str]
+    notes: list[str]
 
     @property
     def has_passed(self) -> bool:
@@ -52,18 +56,34 @@ class Report:
 
 
 @contextlib.contextmanager
-def stack_for(fault: Fault, tritons: list[Triton], pipeline: str, log: IO[bytes]) -> Iterator[Stack]:
-    """A gateway in front of as many of the running Tritons as the fault wants."""
+def servers(repository: Path, faults: Sequence[Fault]) -> Iterator[list[Triton]]:
+    """As many Tritons on a repository as one of the faults wants; `stack_for` starts them."""
+    tritons = [Triton(repository) for _ in range(max(fault.replicas for fault in faults))]
+    try:
+        yield tritons
+    finally:
+        for triton in tritons:
+            triton.stop()
+
+
+@contextlib.contextmanager
+def stack_for(
+    fault: Fault, tritons: list[Triton], pipeline: str, log: IO[bytes], pair: Pair | None = None
+) -> Iterator[Stack]:
+    """A gateway in front of as many of the Tritons as the fault wants; those that do not run yet are started."""
     with contextlib.ExitStack() as context:
         used = tritons[: fault.replicas]
         ports = [triton.endpoint.grpc for triton in used]
         proxy = context.enter_context(Proxy(free_port(), ports[0])) if fault.needs_proxy else None
         if proxy is not None:
             ports[0] = proxy.port
-        gateway = Gateway(pipeline, [f"127.0.0.1:{port}" for port in ports], log)
+        routing = Path(context.enter_context(TemporaryDirectory(prefix="chaos-")), "routing.toml")
+        routing.write_text(fault.routing.format(**({"sound": pair.sound, "other": pair.other} if pair else {})))
+        gateway = Gateway(pipeline, [f"127.0.0.1:{port}" for port in ports], routing, log)
         context.callback(gateway.stop)
+        stack = context.enter_context(Stack(used, gateway, proxy, pair))
         gateway.start()
-        yield Stack(used, gateway, proxy)
+        yield stack
 
 
 def try_out(fault: Fault, stack: Stack, known: Known, hold_s: float, allowance_s: float) -> Report:
@@ -73,6 +93,7 @@ def try_out(fault: Fault, stack: Stack, known: Known, hold_s: float, allowance_s
     """
     with Load(known, stack.gateway) as load:
         time.sleep(_WARM_UP_S)
+        crashes = sum(triton.crashes for triton in stack.tritons)
         memory, shared = stack.memory(), sum(shared_memory().values())
         extra = fault.act(stack, known, hold_s) or []
         ended = time.monotonic()
@@ -99,7 +120,9 @@ def try_out(fault: Fault, stack: Stack, known: Known, hold_s: float, allowance_s
         problems.append("it did not recover")
     if grown > _MEMORY_MB:
         problems.append(f"the gateway grew by {grown:.0f} MB")
-    problems += _left_in_gauges(stack.gateway)
+    problems += _left_in_gauges(stack.gateway) + stack.problems
+    if crashes := sum(triton.crashes for triton in stack.tritons) - crashes:
+        stack.notes.append(f"a Triton ended by itself, {crashes} times, and was started again")
     return Report(
         fault=fault.name,
         sent=len(seen),
@@ -114,6 +137,7 @@ def try_out(fault: Fault, stack: Stack, known: Known, hold_s: float, allowance_s
         memory_mb=round(grown, 1),
         shared_memory_mb=round((sum(shared_memory().values()) - shared) / 2**20, 1),
         problems=problems,
+        notes=stack.notes,
     )
 
 

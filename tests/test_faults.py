@@ -11,19 +11,16 @@ import pytest
 
 from chaos.faults import FAULTS
 from chaos.load import Known, Load
+from chaos.releases import Pair
 from chaos.stack import Triton
-from chaos.trial import stack_for, try_out
+from chaos.trial import servers, stack_for, try_out
 from export.repository import Repository
 
 
 @pytest.fixture(scope="module")
 def tritons(tiny_only: Path) -> Iterator[list[Triton]]:
-    pair = [Triton(tiny_only), Triton(tiny_only)]
-    try:
-        yield pair
-    finally:
-        for triton in pair:
-            triton.stop()
+    with servers(tiny_only, [FAULTS["replica-kill"]]) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +34,13 @@ def known(tiny_only: Path) -> Known:
         "replica-kill",
         "replica-hang",
         "replica-drain",
-        "classifier-kill",
+        "replica-late",
         "black-hole",
         "clients-vanish",
         "clients-trickle",
     ],
 )
 def test_a_fault_costs_no_more_than_is_promised(name: str, tritons: list[Triton], known: Known, tmp_path: Path) -> None:
-    for triton in tritons:
-        if not triton.is_running:
-            triton.start()
     with (tmp_path / "log").open("wb") as log, stack_for(FAULTS[name], tritons, "tiny", log) as stack:
         report = try_out(FAULTS[name], stack, known, hold_s=2.0, allowance_s=1.0)
     assert report.problems == [], report
@@ -61,11 +55,32 @@ def test_the_clients_notice_an_answer_that_is_not_the_recorded_one(
         replace(each, scores={label: 1 - score for label, score in each.scores.items()}) for each in release.golden
     ]
     misled = Known([replace(release, golden=tuple(golden))])
-    if not tritons[0].is_running:
-        tritons[0].start()
     with (tmp_path / "log").open("wb") as log, stack_for(FAULTS["flood"], tritons, "tiny", log) as stack:
         with Load(misled, stack.gateway) as load:
             time.sleep(1)
         ends = {each.end for each in load.seen if each.is_ordinary}
     assert "wrong" in ends
     assert not load.is_clean(60)
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_only: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return Pair(tiny_only, tmp_path_factory.mktemp("pair"), "tiny")
+
+
+@pytest.fixture(scope="module")
+def paired(pair: Pair) -> Iterator[list[Triton]]:
+    with servers(pair.root, [FAULTS["poison"]]) as started:
+        yield started
+
+
+@pytest.mark.parametrize("name", ["poison", "release-kill", "release-hang", "shadow-alone"])
+def test_what_happens_to_one_release_is_felt_by_nobody_else(
+    name: str, pair: Pair, paired: list[Triton], tmp_path: Path
+) -> None:
+    fault = FAULTS[name]
+    known = Known(Repository(pair.root).releases("tiny"), silent=fault.silent(pair))
+    with (tmp_path / "log").open("wb") as log, stack_for(fault, paired, "tiny", log, pair) as stack:
+        report = try_out(fault, stack, known, hold_s=1.5, allowance_s=1.0)
+    assert report.problems == [], report
+    assert report.answered > 0
