@@ -28,11 +28,14 @@ from gateway.fleet import Fleet, Replica
 from gateway.knee import Knee
 from gateway.line import Line, Ran, Waiting
 from gateway.metrics import Metrics
-from gateway.poison import GUILTY, SUSPECT, Deaths, Remembered
+from gateway.poison import GUILTY, SUSPECT, GivenUp, Record, Records, digest_of, step_of
 from gateway.settings import Settings
+from gateway.supervision import failed
 from gateway.triton import MalformedAnswer, TritonError
 
 _ATTEMPTS = 4
+_TRIAL_S = 1.0
+"""For the golden picture before a suspect."""
 _FREE_ATTEMPTS = 16
 """Of what failed with a server, or with one of its processes: where one of two died, every other call finds it dead."""
 _RETRIES_SAVED = 100.0
@@ -60,7 +63,8 @@ class Call:
     """There was no room when the first of them came."""
     sent: float = field(default_factory=time.monotonic)
     task: asyncio.Task[None] | None = None
-    is_of_suspect: bool = False
+    is_trial: bool = False
+    """Of a suspect, which goes alone."""
     is_lost: bool = False
     """Cancelled because of its replica: its pictures go to another one."""
     is_given_up: bool = False
@@ -86,6 +90,8 @@ class Lane:
         """The same, of those that were answered."""
         self._picture_s = 0.0
         """The same, for each of its pictures."""
+        self.trials = 0
+        """Calls on their way whose picture may end the process which works on it: one at most."""
         self.alarm: asyncio.TimerHandle | None = None
         """When a call that waits for more pictures goes, however many there are."""
         self.retries = _RETRIES_SAVED
@@ -96,6 +102,7 @@ class Lane:
         self.calls.add(call)
         self._calls_of[call.replica] += 1
         self._in_calls += len(call.group)
+        self.trials += call.is_trial
         there = len(self.line) + self._in_calls
         self._crowd = max(there, self._crowd - max(0.25, (self._crowd - there) / 4))
 
@@ -104,13 +111,9 @@ class Lane:
         self.calls.remove(call)
         self._calls_of[call.replica] -= 1
         self._in_calls -= len(call.group)
+        self.trials -= call.is_trial
         if not self.calls and not self.line:
             self._crowd = 0.0
-
-    @property
-    def tries_suspect(self) -> bool:
-        """Whether a picture is on its way that may end the process which works on it."""
-        return any(call.is_of_suspect for call in self.calls)
 
     def room(self, replica: Replica) -> int:
         """How many more calls a replica may get."""
@@ -178,8 +181,8 @@ class Dispatcher:
         self._settings = settings
         self._metrics = metrics
         self._lanes: dict[str, Lane] = {}
-        self._deaths = Deaths()
-        self._poison = Remembered()
+        self._records = Records()
+        self._given_up = GivenUp()
         fleet.on_change(self._changed)
 
     @property
@@ -216,16 +219,22 @@ class Dispatcher:
 
     def _is_full(self, lane: Lane, more: int = 0) -> bool:
         """Whether a release has no room left: each has its own for requests; that for bytes goes to who has less."""
-        is_largest = lane is max(self._lanes.values(), key=lambda each: each.line.bytes)
-        return len(lane.line) + more > self._settings.max_waiting or (is_largest and self._are_too_large())
+        if len(lane.line) + more > self._settings.max_waiting:
+            return True
+        return self._are_too_large() and lane is self._largest()
+
+    def _largest(self) -> Lane:
+        return max(self._lanes.values(), key=lambda each: each.line.bytes)
 
     def _are_too_large(self) -> bool:
         return sum(lane.line.bytes for lane in self._lanes.values()) > self._settings.max_waiting_bytes
 
     def _make_room(self, lane: Lane, client: str) -> None:
         """Let others go where one came for whom there is no room: of another release, or of another client."""
+        if not lane.line:
+            return
         while self._are_too_large():
-            largest = max(self._lanes.values(), key=lambda each: each.line.bytes)
+            largest = self._largest()
             if largest is lane or (other := largest.line.last()) is None:
                 break
             largest.line.remove(other)
@@ -235,7 +244,13 @@ class Dispatcher:
             _fail(other, Failure("overloaded", "another client's turn came first", retry_after=lane.call_s))
 
     async def infer(
-        self, release: str, picture: bytes, request_id: str, client: str, deadline: float, has_other: bool = False
+        self,
+        release: str,
+        picture: bytes,
+        request_id: str,
+        client: str,
+        deadline: float,
+        has_other: bool = False,
     ) -> Ran:
         """Run one picture through a release, together with others where they wait together.
 
@@ -250,11 +265,12 @@ class Dispatcher:
             Failure: overloaded, deadline_exceeded, image_crashes_server.
         """
         self._fleet.having(release)  # refuses at once what would only wait for a server that is gone
-        if (manifest := self._fleet.manifest(release)) and self._poison.has(picture, manifest):
-            raise _poison(f"it is not sent to {release} again for a while")
+        record = self._records.of(picture)
+        if self._is_forbidden(release, record):
+            raise _known_poison(release)
         self.require_room(release, client, deadline)
         lane = self._lanes.setdefault(release, Lane(release))
-        waiting = Waiting(picture, request_id, client, deadline, has_other=has_other)
+        waiting = Waiting(picture, request_id, client, deadline, has_other=has_other, record=record)
         lane.join(waiting)
         self._pump(lane)
         self._make_room(lane, client)
@@ -295,7 +311,7 @@ class Dispatcher:
         except TritonError as error:
             self._turn_away(lane, error)
             return
-        if self._fleet.is_down(lane.release):
+        if not having and self._fleet.is_down(lane.release):
             down = TritonError(grpc.StatusCode.NOT_FOUND, self._fleet.suspicions(lane.release))
             self._turn_away(lane, down, only=lambda waiting: waiting.has_other)
         while lane.line:
@@ -303,7 +319,7 @@ class Dispatcher:
             if not free:
                 return
             replica = min(free, key=lambda each: (each.is_shunned(lane.release), each.calls, each.called_at))
-            if not lane.tries_suspect and (suspect := lane.line.take_suspect()):
+            if not lane.trials and (suspect := lane.line.take_suspect()):
                 self._send(lane, replica, [suspect], had_to_wait=False)
                 continue
             if not lane.line.is_ready:
@@ -323,16 +339,21 @@ class Dispatcher:
             group = lane.line.take(most, self._settings.group_bytes)
             self._send(lane, replica, group, had_to_wait=len(group) > 1 or bool(lane.line))
 
+    def _is_forbidden(self, release: str, record: Record) -> bool:
+        manifest = self._fleet.manifest(release) if record.ended else None
+        return manifest is not None and record.forbids(manifest)
+
     def _turn_away(self, lane: Lane, error: TritonError, only: Callable[[Waiting], bool] = lambda _: True) -> None:
         for waiting in filter(only, lane.line.everyone()):
-            lane.line.remove(waiting)
-            _fail(waiting, error)
+            if not waiting.was_alone:  # else it may not go to another release, so it waits
+                lane.line.remove(waiting)
+                _fail(waiting, error)
 
     def _send(self, lane: Lane, replica: Replica, group: list[Waiting], *, had_to_wait: bool) -> None:
-        group = self._in_time(lane, group)
+        group = self._worth_sending(lane, group)
         if not group:
             return
-        call = Call(replica, group, had_to_wait, is_of_suspect=group[0].marks >= SUSPECT)
+        call = Call(replica, group, had_to_wait, is_trial=group[0].record.is_suspect)
         for waiting in group:
             waiting.call = call
         lane.begin(call)
@@ -342,18 +363,34 @@ class Dispatcher:
         # No `finally` in the task: one that is cancelled before it begins would never come to it.
         call.task.add_done_callback(partial(self._ended, lane, call))
 
-    def _in_time(self, lane: Lane, group: list[Waiting]) -> list[Waiting]:
-        """Those who still want an answer and can have one; the others are refused."""
+    def _worth_sending(self, lane: Lane, group: list[Waiting]) -> list[Waiting]:
+        """Those who still want an answer and can have one; the others are refused, and suspects wait for their turn."""
         for waiting in group:
+            if self._records:  # a copy of it may have been marked while it waited
+                waiting.record = self._records.of(waiting.picture)
             if lane.is_too_late(waiting):
                 _fail(waiting, _too_late(lane.call_s, waiting.deadline - time.monotonic()))
-        return [waiting for waiting in group if not waiting.answer.done()]
+            elif self._is_forbidden(lane.release, waiting.record):
+                _fail(waiting, _known_poison(lane.release))
+        wanted = [waiting for waiting in group if not waiting.answer.done()]
+        if len(wanted) == 1 and not lane.trials:
+            return wanted
+        for waiting in wanted:
+            if waiting.record.is_suspect:  # because of a copy of it
+                lane.line.put_back(waiting)
+        return [waiting for waiting in wanted if not waiting.record.is_suspect]
 
     async def _run(self, lane: Lane, call: Call) -> None:
         group = call.group
-        timeout = max(waiting.deadline for waiting in group) - call.sent
-        ids = ",".join(waiting.request_id for waiting in group)
         try:
+            if call.is_trial:
+                if not await self._is_sound(lane, call):
+                    put_off = TritonError(grpc.StatusCode.UNAVAILABLE, "its trial was put off")
+                    self._again(lane, call, put_off, is_free=True)
+                    return
+                call.sent = time.monotonic()
+            timeout = max(waiting.deadline for waiting in group) - call.sent
+            ids = ",".join(waiting.request_id for waiting in group)
             inferences = await call.replica.triton.infer(
                 lane.release, [waiting.picture for waiting in group], ids, timeout
             )
@@ -361,9 +398,14 @@ class Dispatcher:
                 if not waiting.answer.done():
                     waiting.answer.set_result(Ran(inference, call.sent))
             call.replica.answered(lane.release)
+            if call.is_trial:
+                group[0].record.acquit()
+                lane.line.regroup()
             lane.retries = min(_RETRIES_SAVED, lane.retries + _RETRIES_EARNED * len(group))
             lane.learn(call)
         except TritonError as error:
+            if error.dead_process:
+                await call.replica.count_instances(lane.release, error.dead_process)
             self._failed(lane, call, error)
         except MalformedAnswer as error:
             for waiting in group:
@@ -371,6 +413,22 @@ class Dispatcher:
 
     def _ended(self, lane: Lane, call: Call, task: asyncio.Task[None]) -> None:
         call.task = None  # else another circle: where it was cancelled, the call is one of the variables
+        try:
+            left = self._settle(lane, call, task)
+        except Exception as error:  # its place is free all the same
+            failed("settle a call")
+            left = 0.0
+            for waiting in call.group:
+                _fail(waiting, error)
+        if left:
+            asyncio.get_running_loop().call_later(left, self._free, lane, call)
+        else:
+            self._free(lane, call)
+
+    def _settle(self, lane: Lane, call: Call, task: asyncio.Task[None]) -> float:
+        """See to it that each picture of a call that ended has an answer or waits again; returns how long the call
+        keeps its place, in seconds.
+        """
         if task.cancelled() and call.is_lost:
             self._again(lane, call, TritonError(grpc.StatusCode.UNAVAILABLE, "its server was given up"), is_free=True)
         elif task.cancelled():
@@ -379,11 +437,11 @@ class Dispatcher:
             logger.error("unexpected failure", exc_info=error)
             for waiting in call.group:
                 _fail(waiting, error)
-        if call.is_given_up:
-            lane.learn(call)
-            asyncio.get_running_loop().call_later(lane.left_after_giving_up(call), self._free, lane, call)
-        else:
-            self._free(lane, call)
+        if not call.is_given_up:
+            return 0.0
+        lane.learn(call)
+        self._given_up.add(call.replica.url, lane.release, call.sent, [each.picture for each in call.group])
+        return lane.left_after_giving_up(call)
 
     def _free(self, lane: Lane, call: Call) -> None:
         lane.end(call)
@@ -414,21 +472,38 @@ class Dispatcher:
         else:
             _fail(call.group[0], error)
 
+    async def _is_sound(self, lane: Lane, call: Call) -> bool:
+        """Whether what a suspect is tried on answers without it; it may be going down, whatever the picture."""
+        try:
+            if call.replica.answered_golden_at(lane.release) <= call.group[0].record.marked_at:
+                await call.replica.answer_golden(lane.release, _TRIAL_S)
+            return True
+        except (TritonError, MalformedAnswer) as error:
+            call.replica.suspect(lane.release, str(error))
+            return False
+
     def _mark(self, lane: Lane, call: Call, error: TritonError) -> None:
-        """Suspect the pictures of a call that may have ended a process; refuse the one that was found guilty."""
-        manifest = self._fleet.manifest(lane.release)
+        """Suspect the pictures of a call that may have ended a process; refuse the one that did so on trial."""
+        manifest, process, deaths = self._fleet.manifest(lane.release), error.dead_process, call.replica.deaths
         if manifest is None:
             return
-        process = error.dead_process
+        step = step_of(manifest, process)
+        blamed = manifest.steps[step].digest if step else lane.release
         if process:
-            marks = SUSPECT if self._deaths.may_be_due_to(call.replica.url, manifest, process, call.sent) else 0
+            marks = SUSPECT if deaths.may_be_due_to(blamed, process, call.sent) else 0
         else:
             marks = int(error.is_broken_connection)
+        if marks == SUSPECT:
+            for digest in self._given_up.take(call.replica.url, lane.release):
+                self._records.keep(digest).mark(marks)
         for waiting in call.group if marks else ():
-            waiting.marks += marks
-            if len(call.group) == 1 and waiting.marks >= GUILTY:
-                self._poison.add(waiting.picture, manifest, process)
+            waiting.record = self._records.keep(digest_of(waiting.picture))
+            waiting.record.mark(marks)
+            waiting.was_alone |= len(call.group) == 1 and waiting.record.is_suspect
+            if call.is_trial and (process or waiting.record.marks >= GUILTY):
+                waiting.record.ended.add(blamed)
                 _fail(waiting, _poison(f"{process or call.replica.url} ended while it worked on this picture alone"))
+                lane.line.acquit_company()
 
     def _again(self, lane: Lane, call: Call, error: TritonError, *, alone: bool = False, is_free: bool = False) -> None:
         """Put the pictures of a call back into the line.
@@ -440,7 +515,8 @@ class Dispatcher:
                 continue
             waiting.is_alone |= alone
             waiting.attempts += 1
-            if waiting.attempts >= (_FREE_ATTEMPTS if is_free else _ATTEMPTS) or (not is_free and lane.retries < 1):
+            is_last = waiting.attempts >= (_FREE_ATTEMPTS if is_free else _ATTEMPTS)
+            if (is_last and not waiting.record.is_suspect) or (not is_free and lane.retries < 1):
                 _fail(waiting, error)
                 continue
             lane.retries -= not is_free
@@ -463,6 +539,10 @@ class Dispatcher:
 
 def _poison(detail: str) -> Failure:
     return Failure("image_crashes_server", detail)
+
+
+def _known_poison(release: str) -> Failure:
+    return _poison(f"it is not sent to {release} again for a while")
 
 
 def _over() -> Failure:

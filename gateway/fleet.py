@@ -21,9 +21,11 @@ from functools import partial
 
 import grpc
 
+import contract
 from contract import Manifest
 from gateway import activation
 from gateway.errors import Failure
+from gateway.poison import Deaths, step_of, steps_of
 from gateway.releases import Releases
 from gateway.settings import Settings
 from gateway.supervision import Tasks, failed
@@ -94,12 +96,14 @@ class Replica:
         """It left a question unanswered: it gets no new calls where others can have them."""
         self.has_joined = False
         """Whether its releases have been tried once since it could be reached."""
+        self.deaths = Deaths()
         self.suspicions: dict[str, Suspicion] = {}
         """By release, those that get no calls here."""
         self._shunned: dict[str, Shunned] = {}
         """By release; the server itself has no name."""
         self._stumbles: Counter[str] = Counter()
         """By release, the dead processes that were met with since something was answered."""
+        self._golden_at: dict[str, float] = {}
         self._misses = 0
         self._away_s = settings.refresh_s
         """Until it is looked for again, while it cannot be reached."""
@@ -172,6 +176,34 @@ class Replica:
         self._ask_now.set()
         self._on_change()
 
+    async def answer_golden(self, release: str, timeout: float) -> None:
+        """Ask a release for a golden picture. One that is not there any more is no fault of the server.
+
+        Raises:
+            TritonError, MalformedAnswer: it was not answered.
+        """
+        known = self.releases.find(release)
+        if known and known.manifest and known.manifest.golden and not known.reason:
+            await self.triton.infer(release, [known.manifest.golden[0].image], "probe", timeout)
+        self._golden_at[release] = time.monotonic()
+
+    def answered_golden_at(self, release: str) -> float:
+        """When a golden picture was last answered after some doubt (monotonic seconds)."""
+        return self._golden_at.get(release, -math.inf)
+
+    async def count_instances(self, release: str, process: str) -> None:
+        """Learn how many processes the step of a release has that this one belongs to, if that is not known yet."""
+        known = self.releases.find(release)
+        manifest = known.manifest if known else None
+        step = step_of(manifest, process) if manifest else ""
+        if manifest is None or not step or manifest.steps[step].digest in self.deaths.instances:
+            return
+        pin = manifest.steps[step]
+        with contextlib.suppress(TritonError):
+            self.deaths.instances[pin.digest] = await self.triton.instances(
+                contract.step_model(manifest.pipeline, step), pin.version, self._settings.probe_timeout_s
+            )
+
     async def start(self) -> None:
         """Look at it once, then follow it."""
         await self._look()
@@ -236,18 +268,16 @@ class Replica:
             return False
         del self.suspicions[suspicion.release]
         self.answered(suspicion.release)
+        if known := self.releases.find(suspicion.release):
+            self.deaths.answered(steps_of(known.manifest) if known.manifest else ())
         logger.info("release back", extra={"fields": {"replica": self.url, "release": suspicion.release}})
         self._on_change()
         return True
 
     async def _answers(self, suspicion: Suspicion) -> bool:
-        """Whether a release answers. One that is not there any more is no fault of the server."""
-        known = self.releases.find(suspicion.release)
-        if known is None or known.manifest is None or known.reason or not known.manifest.golden:
-            return True
+        """Whether a release answers."""
         try:
-            timeout = min(_PROBE_TIMEOUT_S, 10 * suspicion.pause_s)
-            await self.triton.infer(suspicion.release, [known.manifest.golden[0].image], "probe", timeout)
+            await self.answer_golden(suspicion.release, min(_PROBE_TIMEOUT_S, 10 * suspicion.pause_s))
         except (TritonError, MalformedAnswer):
             if not suspicion.is_confirmed:
                 suspicion.is_confirmed = True

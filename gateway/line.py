@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from gateway.poison import SUSPECT
+from gateway.poison import Record
 from gateway.triton import Inference
 
 if TYPE_CHECKING:
@@ -36,8 +36,10 @@ class Waiting:
     attempts: int = 0
     is_alone: bool = False
     """Not to be grouped: a call with this one in it failed."""
-    marks: int = 0
-    """How far it is suspected to end the processes that work on it: see `gateway.poison`."""
+    record: Record = field(default_factory=Record)
+    """What is held against its picture."""
+    was_alone: bool = False
+    """It was alone in a call that may have ended a process, so it is sent to no other release."""
     call: Call | None = None
 
 
@@ -68,13 +70,16 @@ class Line:
 
     def add(self, waiting: Waiting) -> None:
         """Let one wait."""
-        self._by_client.setdefault(waiting.client, deque()).append(waiting)
+        if waiting.record.is_suspect:  # of another release
+            self._suspects.append(waiting)
+        else:
+            self._by_client.setdefault(waiting.client, deque()).append(waiting)
         self._count += 1
         self.bytes += len(waiting.picture)
 
     def put_back(self, waiting: Waiting) -> None:
         """Let one wait that was taken already: it is the next."""
-        (self._suspects if waiting.marks >= SUSPECT else self._again).append(waiting)
+        (self._suspects if waiting.record.is_suspect else self._again).append(waiting)
         self._count += 1
         self.bytes += len(waiting.picture)
 
@@ -110,6 +115,19 @@ class Line:
         waiting = self._suspects.popleft()
         self._left(waiting)
         return waiting
+
+    def acquit_company(self) -> None:
+        """The guilty one was found: acquit those that were suspects because of their company."""
+        for waiting in self._suspects:
+            if not waiting.was_alone:
+                waiting.record.acquit()
+        self.regroup()
+
+    def regroup(self) -> None:
+        """Those that are suspects no more go as all others do, and next."""
+        for waiting in [waiting for waiting in self._suspects if not waiting.record.is_suspect]:
+            self._suspects.remove(waiting)
+            self._again.append(waiting)
 
     @property
     def is_ready(self) -> bool:

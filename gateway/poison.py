@@ -1,85 +1,154 @@
 """Pictures that end the process which works on them: suspected, tried alone, refused, and remembered for a while.
 
-Triton says which process of a step died, but says the same to the call that ended it and to each that finds it dead
-later. So what tells them apart is when a call was sent: before the death was known, or after it.
+A picture is suspect when it was in a call that may have ended a process. It is then tried: alone, after a golden
+picture was answered there, and no two at once. Should a process die of it again, it is guilty.
+
+Triton says which process died, but says the same to the call that ended it and to each that finds it dead later. What
+tells them apart is when a call was sent, and which processes are known to be dead.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import contract
 from contract import Manifest
 
 SUSPECT = 2
-"""Marks from which a picture goes alone, and no other suspect beside it. The death of a step's process is as many; that
-of a whole server, which ends for many reasons and with many pictures in it, is one."""
+"""Marks from which a picture is tried. The death of a step's process is as many; the loss of a whole server, which ends
+for many reasons and with many pictures in it, is one."""
 GUILTY = 3
-"""Marks from which a picture that was alone in its call is not sent again."""
-_ONE_DEATH_S = 1.0
-"""A process that was found dead so long ago, and is dead again, was started anew in between."""
+"""Marks from which one that is lost with its server, on trial, is guilty."""
+_DEAD_S = 10.0
+"""A process that nobody found dead for so long was replaced meanwhile."""
 _REMEMBERED_S = 600.0
 _MOST_REMEMBERED = 10_000
+_MOST_GIVEN_UP = 64
+
+
+@dataclass(eq=False)
+class Record:
+    """What is held against a picture, over all its requests, calls and releases."""
+
+    marks: int = 0
+    marked_at: float = -math.inf
+    """Last (monotonic seconds). It is tried where a golden picture was answered since then."""
+    ended: set[str] = field(default_factory=set)
+    """What it is guilty of having ended: steps, by their digests, or a release."""
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it has to be tried."""
+        return self.marks >= SUSPECT
+
+    def mark(self, marks: int) -> None:
+        """It was in a call that may have ended a process or a server."""
+        self.marks += marks
+        self.marked_at = time.monotonic()
+
+    def acquit(self) -> None:
+        """It was answered, or another one did it."""
+        self.marks = 0
+
+    def forbids(self, release: Manifest) -> bool:
+        """Whether it ended what this release runs on."""
+        return bool(self.ended) and not self.ended.isdisjoint((release.name, *steps_of(release)))
+
+
+class Records:
+    """The records of the pictures that were marked of late, by their content."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[bytes, tuple[Record, float]] = OrderedDict()
+
+    def __bool__(self) -> bool:
+        """Whether there are any: nearly never, so no picture has to be hashed."""
+        now = time.monotonic()
+        while self._kept and next(iter(self._kept.values()))[1] < now:
+            self._kept.popitem(last=False)
+        return bool(self._kept)
+
+    def of(self, picture: bytes) -> Record:
+        """The record of a picture; a clean one where nothing is held against it."""
+        if not self:
+            return Record()
+        found = self._kept.get(digest_of(picture))
+        return found[0] if found else Record()
+
+    def keep(self, digest: bytes) -> Record:
+        """The record of the picture with this digest, which is remembered for a while from now on."""
+        record = self._kept.pop(digest, (Record(), 0.0))[0]
+        self._kept[digest] = record, time.monotonic() + _REMEMBERED_S
+        if len(self._kept) > _MOST_REMEMBERED:
+            self._kept.popitem(last=False)
+        return record
+
+
+class GivenUp:
+    """The calls that were given up lately: how they ended nobody heard, and it may have been with a process."""
+
+    def __init__(self) -> None:
+        self._calls: deque[tuple[str, str, float, list[bytes]]] = deque(maxlen=_MOST_GIVEN_UP)
+
+    def add(self, server: str, release: str, sent: float, pictures: Iterable[bytes]) -> None:
+        """A call that was sent then (monotonic seconds) was given up just now."""
+        self._calls.append((server, release, sent, [digest_of(picture) for picture in pictures]))
+
+    def take(self, server: str, release: str) -> list[bytes]:
+        """The digests of the pictures that a death may be due to which was met with now."""
+        since = time.monotonic() - _DEAD_S
+        found = [call for call in self._calls if call[:2] == (server, release)]
+        for call in found:
+            self._calls.remove(call)
+        return [digest for *_, sent, digests in found if sent > since for digest in digests]
 
 
 class Deaths:
-    """The processes that died: for each, when that was first and last met with."""
+    """The dead processes of one server, by the digest of their step and the name of their instance."""
 
     def __init__(self) -> None:
-        self._met: dict[tuple[str, str, str], tuple[float, float]] = {}
+        self._dead: dict[str, dict[str, tuple[float, float]]] = {}
+        """When each was first and last met."""
+        self.instances: dict[str, int] = {}
+        """How many processes a step has, by its digest, where that is known."""
 
-    def may_be_due_to(self, server: str, release: Manifest, process: str, sent: float) -> bool:
+    def may_be_due_to(self, step: str, process: str, sent: float) -> bool:
         """Whether a call that was sent then (monotonic seconds) may have ended the process that it failed with."""
-        key = server, blamed(release, process), process
         now = time.monotonic()
-        first, last = self._met.get(key, (now, now))
-        if sent > last + _ONE_DEATH_S:
+        dead = self._dead.setdefault(step, {})
+        first, last = dead.get(process, (now, now))
+        if sent > last + _DEAD_S:
             first = now
-        self._met[key] = first, now
+        dead[process] = first, now
         return sent <= first
 
-
-class Remembered:
-    """What was found guilty, by its content and by what it ended."""
-
-    def __init__(self) -> None:
-        self._until: OrderedDict[tuple[bytes, str], float] = OrderedDict()
-
-    def add(self, picture: bytes, release: Manifest, process: str) -> None:
-        """Remember a picture: for all releases with the step whose process it ended; without one, for this release."""
-        key = _digest(picture), blamed(release, process)
-        self._until[key] = time.monotonic() + _REMEMBERED_S
-        self._until.move_to_end(key)
-        if len(self._until) > _MOST_REMEMBERED:
-            self._until.popitem(last=False)
-
-    def has(self, picture: bytes, release: Manifest) -> bool:
-        """Whether a picture is known to end what this release runs on."""
-        now = time.monotonic()
-        while self._until and next(iter(self._until.values())) < now:
-            self._until.popitem(last=False)
-        if not self._until:  # nearly always: hashing every picture would cost more than all the rest here
-            return False
-        digest = _digest(picture)
-        return any((digest, what) in self._until for what in _whatever_runs(release))
+    def answered(self, steps: Iterable[str]) -> None:
+        """These steps answered. One whose processes had all died was loaded anew, so none of them is dead now."""
+        for step in steps:
+            if step in self._dead and len(self._dead[step]) >= self.instances.get(step, 1_000_000):
+                del self._dead[step]
 
 
-def _digest(picture: bytes) -> bytes:
-    return hashlib.blake2b(picture, digest_size=16).digest()
+def steps_of(release: Manifest) -> list[str]:
+    """The digests of a release's steps."""
+    return [pin.digest for pin in release.steps.values()]
 
 
-def _whatever_runs(release: Manifest) -> list[str]:
-    return [release.name, *(pin.digest for pin in release.steps.values())]
-
-
-def blamed(release: Manifest, process: str) -> str:
-    """The digest of the step that a process belongs to; the release's name where it is none of its steps.
+def step_of(release: Manifest, process: str) -> str:
+    """The step, of those of a release, that a process belongs to, by the name of its instance; empty where none.
 
     Triton names the processes of all versions of a step alike.
     """
-    for step, pin in release.steps.items():
-        if process.startswith(f"{contract.step_model(release.pipeline, step)}_"):
-            return pin.digest
-    return release.name
+    return next(
+        (step for step in release.steps if process.startswith(f"{contract.step_model(release.pipeline, step)}_")), ""
+    )
+
+
+def digest_of(picture: bytes) -> bytes:
+    """What a picture is known again by."""
+    return hashlib.blake2b(picture, digest_size=16).digest()

@@ -81,13 +81,15 @@ async def predict(dispatcher: Dispatcher, candidates: Sequence[Candidate], pictu
 
 
 async def _ask(
-    dispatcher: Dispatcher, candidate: Candidate, picture: bytes, asker: Asker, has_other: bool = False
+    dispatcher: Dispatcher,
+    candidate: Candidate,
+    picture: bytes,
+    asker: Asker,
+    has_other: bool = False,
 ) -> Answer:
     release = candidate.release
     try:
-        ran = await dispatcher.infer(
-            release.name, picture, asker.request_id, asker.client, asker.deadline, has_other=has_other
-        )
+        ran = await dispatcher.infer(release.name, picture, asker.request_id, asker.client, asker.deadline, has_other)
     except TritonError as error:
         code = _FAILURES.get(error.status, "inference_failed")
         if code == "no_release" and candidate.route == "pinned":

@@ -87,7 +87,7 @@ class Settings(BaseSettings):
     """Most pictures that wait for a release; clients share the room."""
     max_waiting_bytes: int = Field(default=256 * 2**20, ge=1)
     """Largest sum of the files that wait, of all releases."""
-    patience_s: float = Field(default=2.0, ge=0, le=60)
+    patience_s: float = Field(default=4.0, ge=0, le=60)
     """Without any Triton, or with none that has the release answering, requests wait so long; then they are refused."""
     max_items: int = Field(default=32, ge=1, le=1024)
     """Most pictures in one request to /v1/predict/batch."""

@@ -154,6 +154,12 @@ class TritonClient:
         parameters = {key: value.string_value for key, value in response.config.parameters.items()}
         return parameters, max(1, response.config.max_batch_size)
 
+    async def instances(self, model: str, version: int, timeout: float) -> int:
+        """How many instances, and so processes where it is a Python model, a version of a model has."""
+        request = pb.ModelConfigRequest(name=model, version=str(version))
+        response = await self._call(self._stub.ModelConfig, request, timeout)
+        return sum(group.count for group in response.config.instance_group) or 1
+
     async def _call(self, method: Any, request: Any, timeout: float) -> Any:
         try:
             return await method(request, timeout=timeout)
