@@ -28,7 +28,7 @@ _TAIL = 1 << 14
 _MOST = 1 << 26
 """Bytes on stdout; golden pictures travel there."""
 _TICK_S = 0.05
-_SWEEP_S = 5.0
+_SWEEP_S = 10.0
 """For how long to look for processes that are left; they could go on starting others."""
 _QUIET = 3
 """Looks in a row that find none: one that starts another and ends may slip through a single look."""

@@ -36,8 +36,8 @@ from gateway.triton import MalformedAnswer, TritonError
 _ATTEMPTS = 4
 _TRIAL_S = 1.0
 """For the golden picture before a suspect."""
-_FREE_ATTEMPTS = 16
-"""Of what failed with a server, or with one of its processes: where one of two died, every other call finds it dead."""
+_ATTEMPTS_AT_PROCESSES = 16
+"""Where one of two processes of a step died, every other call may find it dead."""
 _RETRIES_SAVED = 100.0
 _RETRIES_EARNED = 0.1
 """Retries are a tenth of the answers at most, so that a failing server is not buried under them; some are saved up."""
@@ -466,7 +466,8 @@ class Dispatcher:
             else:
                 call.replica.suspect(lane.release, str(error))
                 call.replica.ask_now()  # it may be the server
-            self._again(lane, call, error, alone=bool(error.dead_process), is_free=True)
+            died = bool(error.dead_process)
+            self._again(lane, call, error, alone=died, is_free=True, most=_ATTEMPTS_AT_PROCESSES if died else _ATTEMPTS)
         elif len(call.group) > 1:  # one of them may be the cause
             self._again(lane, call, error, alone=True)
         else:
@@ -505,8 +506,17 @@ class Dispatcher:
                 _fail(waiting, _poison(f"{process or call.replica.url} ended while it worked on this picture alone"))
                 lane.line.acquit_company()
 
-    def _again(self, lane: Lane, call: Call, error: TritonError, *, alone: bool = False, is_free: bool = False) -> None:
-        """Put the pictures of a call back into the line.
+    def _again(
+        self,
+        lane: Lane,
+        call: Call,
+        error: TritonError,
+        *,
+        alone: bool = False,
+        is_free: bool = False,
+        most: int = _ATTEMPTS,
+    ) -> None:
+        """Put the pictures of a call back into the line, those that were sent less than `most` times.
 
         `is_free`: it failed with its server, or a process of it. That may be many at once, so no budget is spent.
         """
@@ -515,8 +525,7 @@ class Dispatcher:
                 continue
             waiting.is_alone |= alone
             waiting.attempts += 1
-            is_last = waiting.attempts >= (_FREE_ATTEMPTS if is_free else _ATTEMPTS)
-            if (is_last and not waiting.record.is_suspect) or (not is_free and lane.retries < 1):
+            if (waiting.attempts >= most and not waiting.record.is_suspect) or (not is_free and lane.retries < 1):
                 _fail(waiting, error)
                 continue
             lane.retries -= not is_free

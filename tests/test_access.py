@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import socket
 import ssl
 import subprocess
 import sys
@@ -255,17 +257,23 @@ def test_a_certificate_that_cannot_be_used_is_one_line(certificate: tuple[Path, 
     assert "GATEWAY_TLS_CERTIFICATE, GATEWAY_TLS_KEY: None" in refusal(tls_key=key)
 
 
+def is_listening(url: str) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 10):
+        return True
+    return False
+
+
 def test_make_serve_proves_itself_with_keys_and_tls_too(
     certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GATEWAY_TLS_CERTIFICATE", str(certificate[0]))
     monkeypatch.setenv("GATEWAY_TLS_KEY", str(certificate[1]))
     monkeypatch.setenv("GATEWAY_API_KEYS", f"c:{hash_of('k')}")
-    with (
-        Gateway(free_endpoint(), "127.0.0.1", free_port()) as gateway,
-        pytest.raises(TritonFailed, match="triton_unavailable"),  # so it was let in
-    ):
-        gateway.predict(SAMPLE, timeout=4)
+    monkeypatch.setenv("GATEWAY_PATIENCE_S", "0")
+    with Gateway(free_endpoint(), "127.0.0.1", free_port()) as gateway:
+        wait_for(lambda: is_listening(gateway.url))
+        with pytest.raises(TritonFailed, match="triton_unavailable"):  # so it was let in
+            gateway.predict(SAMPLE, timeout=4)
     assert gateway.url.startswith("https://")
 
 

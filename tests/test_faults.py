@@ -16,6 +16,9 @@ from chaos.stack import Triton
 from chaos.trial import servers, stack_for, try_out
 from export.repository import Repository
 
+ALLOWANCE_S = 5.0
+"""For the way to the client, on a machine that others keep busy; `make chaos` itself is strict."""
+
 
 @pytest.fixture(scope="module")
 def tritons(tiny_only: Path) -> Iterator[list[Triton]]:
@@ -42,7 +45,7 @@ def known(tiny_only: Path) -> Known:
 )
 def test_a_fault_costs_no_more_than_is_promised(name: str, tritons: list[Triton], known: Known, tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as log, stack_for(FAULTS[name], tritons, "tiny", log) as stack:
-        report = try_out(FAULTS[name], stack, known, hold_s=2.0, allowance_s=1.0)
+        report = try_out(FAULTS[name], stack, known, hold_s=2.0, allowance_s=ALLOWANCE_S)
     assert report.problems == [], report
     assert report.answered > 0
 
@@ -81,6 +84,6 @@ def test_what_happens_to_one_release_is_felt_by_nobody_else(
     fault = FAULTS[name]
     known = Known(Repository(pair.root).releases("tiny"), silent=fault.silent(pair))
     with (tmp_path / "log").open("wb") as log, stack_for(fault, paired, "tiny", log, pair) as stack:
-        report = try_out(fault, stack, known, hold_s=1.5, allowance_s=1.0)
+        report = try_out(fault, stack, known, hold_s=1.5, allowance_s=ALLOWANCE_S)
     assert report.problems == [], report
     assert report.answered > 0
