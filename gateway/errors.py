@@ -121,8 +121,8 @@ PROBLEMS: dict[str, Kind] = {
     # The picture could not be used. The codes are those of the preprocessing step.
     "image_empty": Kind(422, "The picture is empty", "Send the bytes of a picture file.", "client", "preprocess"),
     "image_unsupported": Kind(
-        422, "Not a picture in a supported format", "Send a JPEG, PNG, WebP, BMP, GIF or TIFF file.",
-        "client", "preprocess",
+        422, "Not a picture in a supported format",
+        "Send a JPEG, PNG, WebP, BMP, GIF, TIFF or AVIF file.", "client", "preprocess",
     ),
     "image_truncated": Kind(
         422, "The picture ends early", "Check the upload and send the whole file.", "client", "preprocess"

@@ -72,7 +72,7 @@ TRAPS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "weights elsewhere": (lambda r: externalise(r / "defect_classifier/1/model.onnx"), "weights in weights.bin"),
     "an edited step": (
-        lambda r: edit(r / "defect_preprocess/1/preprocessing.py", "50_000_000", "90_000_000"),
+        lambda r: edit(r / "defect_preprocess/1/preprocessing.py", "52_000_000", "90_000_000"),
         "edited after it was published",
     ),
     "other weights": (

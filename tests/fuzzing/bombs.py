@@ -11,8 +11,8 @@ from PIL import Image
 from tests.fuzzing import handmade
 from tests.fuzzing.seeds import Seed, encode, seeds
 
-_SIDE = 7000
-"""Of a square just below the limit of 50 megapixels."""
+_SIDE = 7200
+"""Of a square just below the limit of 52 megapixels."""
 _SCANS = 20_000
 """In a progressive JPEG. Each takes a few bytes, and is decoded over all of the picture: this file, for minutes."""
 
