@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
                 report(f"trouble: {pipeline}: {error}")
         if options.if_missing and repository.is_complete(options.pipeline):
             return 0
-        if options.precision == "fp16":
+        if options.precision == "fp16" or (options.onnx and graph.uses_half(candidate.read_onnx(options.onnx))):
             examiner = replace(examiner, rules=half.rules(examiner.rules))
         if options.to:
             built = _built(options, repository, report)

@@ -23,7 +23,7 @@ import contract
 from contract.tables import Table
 from export import bounded, rights
 from export.examinee import CHECKS, REQUIRED, Check, Job
-from export.steps import VERDICT, NoModel, Step, is_picture
+from export.steps import VERDICT, NoModel, Step, is_hidden, is_picture
 
 ROOT = Path(__file__).resolve().parent
 GOLDEN = ROOT / "golden"
@@ -94,7 +94,7 @@ class Subject:
     """What is examined: version folders by step, what they are held against, and what is declared of them.
 
     `current` are the folders of the release that this one would follow; `data` is a folder of labelled pictures, one
-    folder a label.
+    folder a label. Pictures that are not of the pipeline's own kind (`has_own_golden`) say nothing about agreement.
     """
 
     folders: Mapping[str, Path]
@@ -103,6 +103,7 @@ class Subject:
     labels: tuple[str, ...]
     golden: Path = GOLDEN
     data: Path | None = None
+    has_own_golden: bool = True
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def files_problem(step: str, folder: Path) -> str:
             return f"{place} is a link: copy what it stands for"
         if rights.is_closed(folder):
             return f"{place}: {rights.WHY}: {rights.remedy(folder)}"
-        paths = list(folder.iterdir())
+        paths = [path for path in folder.iterdir() if not is_hidden(path.name)]
         for path in paths:
             if path.is_symlink():
                 return f"{place}/{path.name} is a link to {os.readlink(path)}: copy what it stands for"
@@ -179,10 +180,10 @@ def files_problem(step: str, folder: Path) -> str:
 
 
 def state_of(folder: Path) -> str:
-    """A version as the file system shows it: rights, names, sizes and dates. No content is read."""
+    """A version as the file system shows it: rights, names, sizes, dates. No content is read; nothing hidden counts."""
     entries = [f"{folder.lstat().st_mode:o}"]
     for path in sorted(folder.rglob("*")):
-        if path.name != VERDICT:
+        if path.name != VERDICT and not any(map(is_hidden, path.relative_to(folder).parts)):
             with suppress(OSError):
                 entry = path.lstat()
                 entries.append(f"{path.relative_to(folder)} {entry.st_size} {entry.st_mtime_ns} {entry.st_mode:o}")
@@ -206,6 +207,7 @@ def _job(subject: Subject, rules: Rules) -> Job:
         labels=list(subject.labels),
         pictures=pictures,
         labelled=labelled,
+        has_own_golden=subject.has_own_golden,
         min_agreement=rules.min_agreement,
         min_accuracy=rules.min_accuracy,
         max_cost=rules.max_cost,

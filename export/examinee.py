@@ -41,6 +41,7 @@ class Job(BaseModel):
     labels: list[str]
     pictures: list[Path]
     labelled: dict[str, list[Path]]
+    has_own_golden: bool = True
     min_agreement: float
     min_accuracy: float
     max_cost: float | None
@@ -170,7 +171,10 @@ class Examinee:
         if self.current is None:
             return "no release to compare with"
         differing, pictures = [], 0
-        for name, picture in self._progress("agreement", self._all_pictures()):
+        judges = [*(self.pictures.items() if self.job.has_own_golden else ()), *self._labelled()]
+        if not judges:
+            return "not judged: the golden pictures are another pipeline's; --golden names pictures of this one"
+        for name, picture in self._progress("agreement", judges):
             pictures += 1
             now, was = self._answer(self.candidate, name, picture), self._answer(self.current, name, picture)
             if now[0] != was[0]:
@@ -259,9 +263,8 @@ class Examinee:
         if difference := golden.difference(got[0], got[1], _SAME):
             raise Refused(f"{when}, {difference}")
 
-    def _all_pictures(self) -> list[tuple[str, bytes]]:
-        labelled = [(path.name, path.read_bytes()) for paths in self.job.labelled.values() for path in paths]
-        return [*self.pictures.items(), *labelled]
+    def _labelled(self) -> list[tuple[str, bytes]]:
+        return [(path.name, path.read_bytes()) for paths in self.job.labelled.values() for path in paths]
 
     def _progress(self, name: str, items: list[Any]) -> Iterator[Any]:
         for i, item in enumerate(items):

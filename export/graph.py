@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto, checker, compose, helper, numpy_helper, shape_inference, version_converter
+from onnx import ModelProto, TensorProto, checker, helper, numpy_helper, shape_inference, version_converter
 
 from export import efficientnet as net
 from export.spec import Spec
@@ -27,6 +27,10 @@ OPSET, IR_VERSION = 17, 8
 """What is written: old enough for every server since 22.07."""
 MAX_OPSET, MAX_IR_VERSION = 21, 10
 """What the target can load: the 24.10 release holds ONNX Runtime 1.19."""
+
+TEMPERATURE, ONE, TOTAL_OF = "temperature", "one", "total of"
+CLOSING = (TEMPERATURE, ONE, TOTAL_OF)
+"""Constants that only the nodes behind a network take, which make probabilities of what it returns."""
 
 _SEAL = "seal/"
 """Prefix of the nodes and constants that only produce DIGEST; they are left out of what is digested."""
@@ -63,7 +67,7 @@ def from_checkpoint(weights: Mapping[str, np.ndarray], labels: Sequence[str], te
     kernel = _weight(weights, f"{net.CLASSIFIER}.weight", (len(labels), net.FEATURES))
     bias = _weight(weights, f"{net.CLASSIFIER}.bias", (len(labels),))
     x = build.add("Gemm", [x, build.constant("fc.weight", kernel), build.constant("fc.bias", bias)], transB=1)
-    x = build.add("Div", [x, build.constant("temperature", np.float32(temperature))])
+    x = build.add("Div", [x, build.constant(TEMPERATURE, np.float32(temperature))])
     build.add("Softmax", [x], output=PROBABILITIES, axis=1)
     model = _model(build, net.INPUT_SIZE, labels, [helper.make_opsetid("", OPSET)], IR_VERSION)
     return seal(model)
@@ -78,11 +82,16 @@ def from_onnx(user: ModelProto, spec: Spec) -> ModelProto:
     user = _within_limits(user)
     taken = _user_input(user, spec)
     result = _user_output(user, spec)
-    user = compose.add_prefix(user, "user/")
-    taken_name, result_name = f"user/{taken.name}", f"user/{result.name}"
+    is_pair, is_rounded = _is_pair(result), returns_rounded(user, result)
+    _prefix_names(user.graph, "user/")
+    taken_name, result_name = taken.name, result.name
 
     build = _Builder()
     x = build.add("Cast", [PIXELS], to=TensorProto.FLOAT)
+    if spec.input.channels == "grey":
+        x = _grey(build, x)
+    elif spec.input.channels == "BGR":
+        x = build.add("Gather", [x, build.constant("order", np.array([2, 1, 0]))], axis=3)
     scale, mean, std = (np.asarray(v, np.float32) for v in (spec.input.scale, spec.input.mean, spec.input.std))
     x = build.add("Mul", [x, build.constant("scale", scale)])
     x = build.add("Sub", [x, build.constant("mean", mean)])
@@ -94,10 +103,21 @@ def from_onnx(user: ModelProto, spec: Spec) -> ModelProto:
     build.nodes.extend(user.graph.node)
     build.initializers.extend(user.graph.initializer)
     x = build.add("Cast", [result_name], to=TensorProto.FLOAT)
-    x = build.add("Reshape", [x, build.constant("flat", np.array([0, len(spec.labels)], np.int64))])
+    rows = 0 if len(_dims(result)) > 1 else -1  # of a shape that is not known, a batch of one may be squeezed away
+    x = build.add(
+        "Reshape", [x, build.constant("flat", np.array([rows, 1 if is_pair else len(spec.labels)], np.int64))]
+    )
     if spec.output.kind == "logits":
-        x = build.add("Div", [x, build.constant("temperature", np.float32(spec.output.temperature))])
+        x = build.add("Div", [x, build.constant(TEMPERATURE, np.float32(spec.output.temperature))])
+        if is_pair:
+            x = build.add("Concat", [build.add("Mul", [x, build.constant(ONE, np.float32(0))]), x], axis=1)
         build.add("Softmax", [x], output=PROBABILITIES, axis=1)
+    elif is_pair:
+        other = build.add("Sub", [build.constant(ONE, np.float32(1)), x])
+        build.add("Concat", [other, x], output=PROBABILITIES, axis=1)
+    elif is_rounded:
+        total = build.add("ReduceSum", [x, build.constant(TOTAL_OF, np.array([1], np.int64))], keepdims=1)
+        build.add("Div", [x, total], output=PROBABILITIES)
     else:
         build.add("Identity", [x], output=PROBABILITIES)
     model = _model(build, spec.input.size, spec.labels, user.opset_import, user.ir_version)
@@ -238,6 +258,13 @@ def _within_limits(model: ModelProto) -> ModelProto:
         raise GraphError(
             f"opset {opset} is newer than the {MAX_OPSET} of the target server: export it with an older one"
         )
+    model = _copy(model)
+    if model.ir_version < 4:  # weights were inputs with a default
+        constants = {tensor.name for tensor in model.graph.initializer}
+        inputs = [value for value in model.graph.input if value.name not in constants]
+        del model.graph.input[:]
+        model.graph.input.extend(inputs)
+        model.ir_version = IR_VERSION
     if opset < 13:  # Softmax and Slice as used here
         try:
             model = version_converter.convert_version(model, OPSET)
@@ -247,9 +274,52 @@ def _within_limits(model: ModelProto) -> ModelProto:
             ) from error
     if model.ir_version > MAX_IR_VERSION:
         # The container format is newer than the server's, its content may not be: the checker decides.
-        model = _copy(model)
         model.ir_version = MAX_IR_VERSION
     return model
+
+
+def uses_half(model: ModelProto) -> bool:
+    """Whether a graph computes in half precision, if only in part."""
+    return any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer) or any(
+        value.type.tensor_type.elem_type == TensorProto.FLOAT16 for value in (*model.graph.input, *model.graph.output)
+    )
+
+
+def returns_rounded(model: ModelProto, result: onnx.ValueInfoProto) -> bool:
+    """Whether an output was rounded to few bits, so that probabilities sum to one but for that."""
+    last = last_operator(model, result.name)
+    return result.type.tensor_type.elem_type == TensorProto.FLOAT16 or last == "DequantizeLinear"
+
+
+def last_operator(model: ModelProto, name: str, skipping: Sequence[str] = ()) -> str:
+    """The operator that computes a value, apart from those that only change its shape or type; "" where none does."""
+    makers = {output: node for node in model.graph.node for output in node.output}
+    passed = {"Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", *skipping}
+    while name in makers and makers[name].op_type in passed:
+        name = makers[name].input[0]
+    return makers[name].op_type if name in makers else ""
+
+
+def _prefix_names(graph: onnx.GraphProto, prefix: str) -> None:
+    """Rename, in place, whatever has a name; what an inner graph takes from around it is found under its new one."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        value.name = prefix + value.name
+    for tensor in (*graph.initializer, *(sparse.values for sparse in graph.sparse_initializer)):
+        tensor.name = prefix + tensor.name
+    for node in graph.node:
+        node.name = prefix + node.name if node.name else ""
+        for names in (node.input, node.output):
+            names[:] = [prefix + name if name else "" for name in names]
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                _prefix_names(inner, prefix)
+
+
+def _grey(build: _Builder, x: str) -> str:
+    """One channel of three, as Pillow's "L": whole numbers below 2 ** 24, which float32 holds exactly."""
+    weights = build.constant("luma", np.array([[19595], [38470], [7471]], np.float32))
+    x = build.add("Add", [build.add("MatMul", [x, weights]), build.constant("half", np.float32(2**15))])
+    return build.add("Floor", [build.add("Div", [x, build.constant("unit", np.float32(2**16))])])
 
 
 def _user_input(user: ModelProto, spec: Spec) -> onnx.ValueInfoProto:
@@ -265,8 +335,9 @@ def _user_input(user: ModelProto, spec: Spec) -> onnx.ValueInfoProto:
     if kind not in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.UINT8):
         raise GraphError(f"the input {name} is {TensorProto.DataType.Name(kind)}; expected a float or uint8 tensor")
     size = spec.input.size
-    wanted = [None, 3, size, size] if spec.input.layout == "NCHW" else [None, size, size, 3]
-    _require_shape(taken, wanted, f"layout {spec.input.layout} and size {size}")
+    channels = 1 if spec.input.channels == "grey" else 3
+    wanted = [None, channels, size, size] if spec.input.layout == "NCHW" else [None, size, size, channels]
+    _require_shape(taken, wanted, f"layout {spec.input.layout}, channels {spec.input.channels} and size {size}")
     return taken
 
 
@@ -276,6 +347,10 @@ def _user_output(user: ModelProto, spec: Spec) -> onnx.ValueInfoProto:
     if name not in outputs:
         raise GraphError(f"set output.name in the spec to one of the graph's outputs: {', '.join(outputs)}")
     dims = [d for d in _dims(outputs[name])[1:] if d != 1]
+    if _is_pair(outputs[name]) and len(spec.labels) != 2:
+        raise GraphError(
+            f"the output {name} has one value a picture, enough for two labels; the spec has {len(spec.labels)}"
+        )
     if dims and isinstance(dims[-1], int) and dims != [len(spec.labels)]:
         raise GraphError(
             f"the output {name} has {dims[-1]} values a picture, but the spec has {len(spec.labels)} labels"
@@ -284,8 +359,15 @@ def _user_output(user: ModelProto, spec: Spec) -> onnx.ValueInfoProto:
     return outputs[name]
 
 
+def _is_pair(result: onnx.ValueInfoProto) -> bool:
+    """Whether there is one value a picture, which is that of the second of two labels."""
+    dims = _dims(result)
+    return len(dims) > 1 and all(d == 1 for d in dims[1:])
+
+
 def _dims(value: onnx.ValueInfoProto) -> list[int | None]:
-    return [d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim]
+    """The sizes of a tensor; None: any, which exporters also write as 0 or -1."""
+    return [d.dim_value if d.dim_value > 0 else None for d in value.type.tensor_type.shape.dim]
 
 
 def _require_shape(value: onnx.ValueInfoProto, wanted: list[int | None], why: str) -> None:

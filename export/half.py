@@ -93,12 +93,13 @@ def _require_range(model: ModelProto, pixels: Sequence[np.ndarray]) -> None:
 def _convert(model: ModelProto) -> ModelProto:
     """The graph in fp16 up to what the temperature divides; what follows is cut off, and put back as it was."""
     nodes, (output,) = list(model.graph.node), model.graph.output
-    tail = [node for node in nodes if "temperature" in node.input or graph.PROBABILITIES in node.output]
+    behind = [i for i, n in enumerate(nodes) if {*graph.CLOSING} & {*n.input} or graph.PROBABILITIES in n.output]
+    tail = nodes[min(behind) :]
     body = ModelProto()
     body.CopyFrom(model)
     del body.graph.node[:]
-    body.graph.node.extend(node for node in nodes if node not in tail)
-    body.graph.output[0].name = tail[0].input[0]
+    body.graph.node.extend(nodes[: min(behind)])
+    body.graph.output[0].name = next(name for name in tail[0].input if name not in graph.CLOSING)
     converted: ModelProto = convert_float_to_float16(
         body, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, "Softmax"]
     )

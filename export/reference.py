@@ -12,9 +12,11 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 import onnxruntime
+from PIL import Image
 
 from export import efficientnet as net
 from export.evaluation import softmax
+from export.graph import MAX_IR_VERSION
 from export.spec import Spec
 
 Array = np.ndarray
@@ -34,9 +36,21 @@ def checkpoint_probabilities(weights: Mapping[str, Array], temperature: float, p
     return softmax((features @ kernel.T + bias) / temperature)
 
 
-def onnx_probabilities(user: onnx.ModelProto, spec: Spec, pixels: Array) -> Array:
-    """Probabilities (n, labels), float64, of uint8 pixels (n, size, size, 3), by the user's unchanged graph."""
+def onnx_outputs(user: onnx.ModelProto, spec: Spec, pixels: Array) -> Array:
+    """What the user's graph returns for uint8 pixels (n, size, size, 3), unchanged: float64 (n, values)."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(user)
+    copy.ir_version = min(user.ir_version, MAX_IR_VERSION)  # a newer container for the same content
+    for value in (*copy.graph.input, *copy.graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_value <= 0:  # any, as some exporters write it
+                dimension.ClearField("dim_value")
+    user = copy
     session = onnxruntime.InferenceSession(user.SerializeToString(), providers=["CPUExecutionProvider"])
+    if spec.input.channels == "grey":
+        pixels = np.stack([np.asarray(Image.fromarray(picture).convert("L")) for picture in pixels])[..., None]
+    elif spec.input.channels == "BGR":
+        pixels = pixels[..., ::-1]
     x = (pixels.astype(np.float64) * spec.input.scale - np.asarray(spec.input.mean)) / np.asarray(spec.input.std)
     if spec.input.layout == "NCHW":
         x = x.transpose(0, 3, 1, 2)
@@ -44,8 +58,24 @@ def onnx_probabilities(user: onnx.ModelProto, spec: Spec, pixels: Array) -> Arra
     kinds = {"tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(uint8)": np.uint8}
     result = spec.output.name or session.get_outputs()[0].name
     (values,) = session.run([result], {taken.name: x.astype(kinds.get(taken.type, np.float32))})
-    values = np.asarray(values, np.float64).reshape(len(pixels), -1)
-    return softmax(values / spec.output.temperature) if spec.output.kind == "logits" else values
+    return np.asarray(values, np.float64).reshape(len(pixels), -1)
+
+
+def probabilities_of(values: Array, spec: Spec) -> Array:
+    """Probabilities (n, labels), float64, of what a user's graph returned."""
+    if spec.output.kind == "logits":
+        values = values / spec.output.temperature
+        if values.shape[1] == 1 and len(spec.labels) == 2:
+            values = np.concatenate([np.zeros_like(values), values], axis=1)
+        return softmax(values)
+    if values.shape[1] == 1 and len(spec.labels) == 2:
+        return np.concatenate([1 - values, values], axis=1)
+    return np.asarray(values / values.sum(axis=1, keepdims=True))
+
+
+def onnx_probabilities(user: onnx.ModelProto, spec: Spec, pixels: Array) -> Array:
+    """Probabilities (n, labels), float64, of uint8 pixels (n, size, size, 3), by the user's unchanged graph."""
+    return probabilities_of(onnx_outputs(user, spec, pixels), spec)
 
 
 def _layer(conv: net.Conv, x: Array, weights: Mapping[str, Array]) -> Array:

@@ -91,6 +91,7 @@ class Examiner:
                 labels=candidate.labels,
                 golden=self.golden,
                 data=self.data,
+                has_own_golden=self.golden.resolve() != GOLDEN or candidate.pipeline == "defect",
             )
             outcome = exam.examine(subject, self.rules, report, force=self.force)
         if not outcome.verdict.passed:

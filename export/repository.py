@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -215,7 +216,9 @@ class Repository:
             OSError: this process cannot read just now, whatever lies there: that says nothing of the version.
         """
         try:
-            seen = [(p.name, s.st_size, s.st_mtime_ns, s.st_ino) for p in sorted(folder.glob("*")) for s in [p.stat()]]
+            seen = [
+                (p.name, s.st_size, s.st_mtime_ns, s.st_ino) for p in sorted(folder.glob("[!.]*")) for s in [p.stat()]
+            ]
             if (known := self._digests.get(folder)) and known[0] == seen:
                 return known[1]
             step = Step.read(folder)
@@ -510,7 +513,7 @@ class Repository:
             found = Step({}, "unreadable")
         if found is None:  # absent, or a clone: git does not keep the built model.onnx
             if folder.is_dir():
-                folder.rmdir()
+                shutil.rmtree(folder)  # of hidden files at most
             staging.write_folder(folder, candidate.steps[step].files)
             return [folder]
         self._require_unchanged(folder, found, pin)

@@ -71,6 +71,6 @@ def _closed(place: Path, deep: bool) -> Iterator[tuple[Path, int]]:
         yield place, mode
     if deep and stat.S_ISDIR(mode):
         with contextlib.suppress(PermissionError):  # closed for us as well, and named already
-            for path in sorted(place.iterdir()):
+            for path in sorted(place.glob("[!.]*")):  # nobody reads what is hidden
                 with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                     yield from _closed(path, deep)

@@ -9,15 +9,19 @@ from pydantic import Field, model_validator
 import contract
 from contract.tables import Table
 
-PerChannel = float | Annotated[tuple[float, float, float], Field(description="red, green, blue")]
+PerChannel = float | Annotated[tuple[float, float, float], Field(description="in the order of the channels")]
 
 
 class Input(Table):
-    """How the network wants its pictures: `(pixel * scale - mean) / std`, pixels being 0 to 255."""
+    """How the network wants its pictures: `(pixel * scale - mean) / std`, pixels being 0 to 255.
+
+    Grey is one channel, as Pillow's "L" has it.
+    """
 
     name: str | None = None
     size: int = Field(ge=16, le=2048)
     layout: Literal["NCHW", "NHWC"] = "NCHW"
+    channels: Literal["RGB", "BGR", "grey"] = "RGB"
     scale: float = Field(default=1.0, gt=0)
     mean: PerChannel = 0.0
     std: PerChannel = 1.0
@@ -28,9 +32,18 @@ class Input(Table):
             raise ValueError("std must be above zero")
         return self
 
+    @model_validator(mode="after")
+    def _grey_is_one_channel(self) -> Self:
+        if self.channels == "grey" and (isinstance(self.mean, tuple) or isinstance(self.std, tuple)):
+            raise ValueError("mean and std must be one number each where channels is grey")
+        return self
+
 
 class Output(Table):
-    """What the network returns, and the temperature that calibrates it."""
+    """What the network returns, and the temperature that calibrates it.
+
+    One value a picture, where there are two labels, is that of the second.
+    """
 
     name: str | None = None
     kind: Literal["logits", "probabilities"] = "logits"

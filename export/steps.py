@@ -74,9 +74,14 @@ def digest_of(files: Iterable[tuple[str, bytes]]) -> str:
     return digest.hexdigest()
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file is somebody else's in a drop: .DS_Store, ._model.onnx, .nfs..., rsync's while it copies."""
+    return name.startswith(".")
+
+
 def is_picture(path: Path) -> bool:
     """Whether a file may be a picture: plain, and not hidden."""
-    return path.is_file() and not path.name.startswith(".")
+    return path.is_file() and not is_hidden(path.name)
 
 
 def load_module(path: Path) -> ModuleType:

@@ -14,11 +14,20 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from export import graph
+from export.exam import GOLDEN
 from export.spec import Spec
 from export.steps import VERDICT
 
 SIZE = 64
 SPEC = Spec.model_validate({"name": "tiny", "labels": ("dark", "light"), "input": {"size": SIZE, "scale": 1 / 255}})
+
+
+def golden(repository: Path) -> Path:
+    """Golden pictures that are this pipeline's own, beside its repository: those of the exam are another's."""
+    own = repository.parent / "golden"
+    if not own.is_dir():
+        shutil.copytree(GOLDEN, own)
+    return own
 
 
 def network(bias: float = -0.1, *, slow: bool = False) -> onnx.ModelProto:

@@ -35,7 +35,8 @@ PICTURE = EXAMPLES[0].read_bytes()
 
 
 def watcher_of(repository: Repository, events: list[dict], settle_s: float = 0.0, **rules: float) -> Watcher:
-    examiner = Examiner(repository, SERVING, Rules(**{"timeout_s": 12, **rules}))
+    rules = {"timeout_s": 12, **rules}
+    examiner = Examiner(repository, SERVING, Rules(**rules), golden=drops.golden(repository.root))
     return Watcher(examiner, settle_s, lambda line: events.append(json.loads(line)))
 
 
@@ -327,6 +328,7 @@ def test_force_overrules_a_judgement_loudly_and_is_recorded(
     folder.mkdir()
     drops.BROKEN["swapped outputs"].make(folder)
     command = ["release", "--pipeline", "tiny", "--classifier", "2", "--repository", str(tiny.root)]
+    command += ["--golden", str(drops.golden(tiny.root))]
     assert main(command) == 1
     assert "refused: agreement" in capsys.readouterr().err
     assert main([*command, "--force"]) == 0
@@ -336,6 +338,46 @@ def test_force_overrules_a_judgement_loudly_and_is_recorded(
     assert tiny.release("tiny-v2").exam["forced"] is True
     assert main(["status", "--repository", str(tiny.root)]) == 0
     assert "forced" in capsys.readouterr().out
+
+
+def test_another_pipelines_golden_pictures_are_no_judge_of_agreement(tiny: Repository) -> None:
+    """Eight photographs of parcels say nothing of fruit: it may decide there as it likes."""
+    folder = tiny.step_folder("tiny", "classifier", 2)
+    folder.mkdir()
+    drops.BROKEN["swapped outputs"].make(folder)
+    said: list[str] = []
+    Examiner(tiny, SERVING, Rules()).release_drop("tiny", {"classifier": 2}, said.append)
+    assert any(
+        line.startswith("ok  agreement: not judged: the golden pictures are another pipeline's") for line in said
+    )
+    assert "agreement" not in tiny.release("tiny-v2").evaluation
+
+
+def test_hidden_files_in_a_drop_are_nobodys_business(tiny: Repository) -> None:
+    """Finder's, tar's, NFS's, and rsync's while it copies; unreadable, empty, linked or growing as they may be."""
+    events: list[dict] = []
+    watcher = watcher_of(tiny, events)
+    folder = tiny.step_folder("tiny", "classifier", 2)
+    folder.mkdir()
+    (folder / ".model.onnx.Xk29Qz").write_bytes(b"half")
+    watcher.look()
+    assert "examining" not in names(events), "nothing is there yet"
+    (folder / ".model.onnx.Xk29Qz").unlink()
+    for name in (".DS_Store", "._model.onnx", ".nfs000000000123"):
+        (folder / name).touch(mode=0o600)
+    (folder / ".rsync-partial").mkdir(mode=0o700)
+    (folder / ".link").symlink_to("nowhere")
+    drops.classifier(lambda _: None)(folder)
+    watcher.look()
+    watcher.look()
+    assert names(events)[-1] == "published", events
+    assert (folder / ".DS_Store").stat().st_mode & 0o777 == 0o600
+    (folder / ".DS_Store").write_bytes(b"looked at")
+    before = len(events)
+    watcher.look()
+    assert len(events) == before
+    assert not tiny.lacks(tiny.release("tiny-v2"))
+    assert doctor.main(["--repository", str(tiny.root)]) == 0
 
 
 def test_force_does_not_overrule_a_fact(tiny: Repository, capsys: pytest.CaptureFixture[str]) -> None:
