@@ -24,7 +24,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 import contract
 from export import config, graph, rights
 from export.repository import holds_config, is_version, told
-from export.steps import REPOSITORY, NoModel, Step
+from export.steps import REPOSITORY, NoModel, Step, is_hidden
 
 _CLOCK_SLACK_S = 60
 
@@ -89,6 +89,8 @@ def _entries(root: Path) -> Iterator[Finding]:
     if rights.is_closed(root):
         yield _error(".", rights.WHY, rights.remedy(root))
     for folder, names, files in os.walk(root):
+        if Path(folder) != root:  # in a model, what is hidden is read by nobody
+            names[:], files[:] = ([name for name in each if not is_hidden(name)] for each in (names, files))
         for path in (Path(folder, name) for name in (*names, *files)):
             with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                 yield from _entry(root, path)
