@@ -63,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         log_config=None,
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]  # it is only ever waited for
         timeout_graceful_shutdown=int(settings.grace_s),
     )
     try:

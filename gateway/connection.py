@@ -1,5 +1,8 @@
 """One HTTP connection, bounded: what uvicorn leaves open to a client that is slow, endless, or speaks no HTTP.
 
+An offer to go on with another protocol is ignored, as HTTP lets a server do: the parser alone would end the request
+there, before its body.
+
 Uvicorn bounds neither the size of a request's head nor the time that it takes, lets trailers into the headers, and
 answers what it cannot read in plain text. Here each of these is a `Failure` that takes the way of every other: it is
 left in the state of the request (`middleware.REFUSAL`), and answered, counted and logged there.
@@ -11,8 +14,10 @@ import asyncio
 import contextlib
 import resource
 import socket
+from array import array
 from typing import Any, NoReturn, cast
 
+from httptools import HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway.access import is_open
@@ -31,6 +36,10 @@ MAX_HEADERS = 100
 MAX_PIECES, MIN_PIECE = 1000, 64
 """Pieces of a body in what is read from a connection at once; more must be so many bytes on average. A read brings up
 to 256 KB, with a chunk for each byte 43,000 pieces, and nothing else happens meanwhile."""
+LINGER_S, LINGER_BODIES = 5.0, 4
+"""A connection that is to be closed while a body still comes is kept for so long without anything, and what comes is
+dropped, as much as so many of the largest bodies: closing at once would reset it, and who is still sending would never
+see the answer."""
 MAX_AHEAD = 100
 """Requests that are sent before the one in front of them was answered; each is parsed at once, and kept."""
 _UNREADABLE = "it cannot be read as HTTP/1.1"
@@ -57,20 +66,50 @@ def reserve_files(settings: Settings) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
+class _Parser(HttpRequestParser):
+    """Reads a request that offers another protocol as it would be without the offer.
+
+    `Upgrade: h2c` is what Java's HttpClient and `curl --http2` send with each first request. The parser takes what
+    comes after such a head for the other protocol; so it is given the head once more, and then the body.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection)
+        self._head_without_offer = connection.head_without_offer
+
+    def feed_data(self, data: bytes | bytearray | memoryview | array[int]) -> None:
+        """Read on."""
+        while True:
+            try:
+                return super().feed_data(data)
+            except HttpParserUpgrade as offer:
+                data = memoryview(data)[offer.args[0] :]
+                super().feed_data(self._head_without_offer())
+
+    def offers_upgrade(self) -> bool:
+        """Whether the request that was begun offers another protocol."""
+        return self.should_upgrade() and self.get_method() != b"CONNECT"
+
+
 class Connection(HttpToolsProtocol):
     """A connection; made by uvicorn."""
+
+    parser: _Parser
 
     settings: Settings
     metrics: Metrics
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.parser = _Parser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
         self.url = b""
         self._has_begun = False  # a request, of which not everything is there
         self._in_head = True
         self._idle_bytes = 0  # since the last progress: a head, a piece of a body, or a request that is complete
         self._timer: asyncio.TimerHandle | None = None
         self._is_broken = False
+        self._lingers_until: float | None = None
         self._fault = _UNREADABLE
         self._pieces = self._piece_bytes = 0  # of bodies, in what was read last
         self._departure = Departure()
@@ -79,7 +118,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock: a connection that never sends anything is not kept either."""
-        super().connection_made(cast(asyncio.Transport, Joined(transport, self.loop)))
+        super().connection_made(cast(asyncio.Transport, Joined(transport, self.loop, self._linger)))
         self.metrics.connections.inc()
         if len(self.connections) > 2 * self.settings.max_connections:
             transport.abort()  # refusing politely has its price, too
@@ -99,6 +138,9 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Read on, within the bounds. One call brings a bounded piece, so only what comes in many is counted here."""
+        if self._lingers_until is not None:
+            self._idle_bytes += len(data)
+            self._linger_on(self._lingers_until)
         if self._is_broken:
             return
         self._pieces = self._piece_bytes = 0
@@ -129,6 +171,10 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """A head is complete: begin to answer."""
+        if self.parser.offers_upgrade():
+            return  # it comes once more
+        if self.parser.should_upgrade():
+            self._stop("CONNECT is for proxies")
         self._in_head, self._idle_bytes = False, 0
         self._stop_timer()
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -137,6 +183,9 @@ class Connection(HttpToolsProtocol):
             refusal = _too_long(self.url)
         self.url = self.url[:MAX_TARGET]
         super().on_headers_complete()
+        path, root = self.scope["path"], self.settings.root_path
+        if root and path.startswith(f"{root}/"):
+            self.scope["path"] = path[len(root) :]
         too_many = len(self.connections) > self.settings.max_connections
         if too_many and not is_open(self.scope["path"]):
             refusal = Failure("too_many_connections", f"the limit is {self.settings.max_connections:,}")
@@ -157,6 +206,8 @@ class Connection(HttpToolsProtocol):
 
         Uvicorn stops reading at a large piece of a body until more of it is asked for: never, after the last one.
         """
+        if self.parser.offers_upgrade():
+            return
         self._has_begun, self._in_head, self._idle_bytes = False, True, 0
         self._stop_timer()
         super().on_message_complete()
@@ -182,6 +233,12 @@ class Connection(HttpToolsProtocol):
             self.loop.call_later(1, self.transport.abort)
 
     # ---- ours ----
+
+    def head_without_offer(self) -> bytes:
+        """The head that was read last, but for what offers another protocol."""
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join([*lines, b"", b""])
 
     def _stop(self, fault: str) -> NoReturn:
         """Have the parser stop: whatever it calls may say so, and `send_400_response` is called for it."""
@@ -231,7 +288,26 @@ class Connection(HttpToolsProtocol):
         if self._in_head and self._has_begun:
             self._refuse(Failure("headers_timeout", f"not complete after {self.settings.headers_timeout_s:g} s"))
         else:
-            self.transport.close()  # nothing was begun, or it was answered long ago
+            cast(Joined, self.transport).finish()  # nothing was begun, or it was answered long ago
+
+    def _linger(self) -> bool:
+        """Whether to read on before closing after an answer: what was asked is still being sent."""
+        if not (self._has_begun or self._is_broken):
+            return False
+        self._is_broken, self._idle_bytes = True, 0
+        self._lingers_until = self.loop.time() + self.settings.send_timeout_s
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():  # not over TLS; there the answer's head alone says that it is over
+            self.transport.write_eof()
+        self._linger_on(self._lingers_until)
+        return True
+
+    def _linger_on(self, until: float) -> None:
+        self._stop_timer()
+        if self._idle_bytes > LINGER_BODIES * self.settings.max_body_bytes:
+            self.transport.abort()
+            return
+        self._timer = self.loop.call_at(min(until, self.loop.time() + LINGER_S), self.transport.abort)
 
 
 def _too_long(url: bytes) -> Failure:

@@ -35,6 +35,10 @@ class Settings(BaseSettings):
     """Port to listen on."""
     published_on: str | None = None
     """Where a container's port is published, if not on the address that it listens on."""
+    root_path: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
+    """Path under which a proxy in front serves the gateway, as /parcels, whether it takes that off or not."""
+    cors_origins: str = Field(default="", pattern=r"^(\*|https?://[^\s/,]+( *, *https?://[^\s/,]+)*)?$")
+    """Web pages that may ask from a browser: their origins, as https://desk.example.com, or *. None: no others."""
     api_keys_file: Path | None = None
     """File with API keys (`python -m gateway.keys` makes one); followed."""
     api_keys: str = ""
@@ -49,6 +53,8 @@ class Settings(BaseSettings):
     """Most open connections; more are refused but for health, version and metrics."""
     headers_timeout_s: Seconds = 10.0
     """Time to receive a request's head, and for an unused connection before its first."""
+    keep_alive_s: Seconds = 75.0
+    """Time after which an unused connection is closed; more than proxies in front keep theirs (nginx, ALB: 60 s)."""
     send_timeout_s: Seconds = 30.0
     """Time after which a client that takes nothing of its answers is given up."""
     triton_urls: Addresses = ("127.0.0.1:8001",)
@@ -56,11 +62,13 @@ class Settings(BaseSettings):
     pipeline: str = Field(default="defect", pattern=rf"^{contract.PIPELINE_NAME.pattern}$")
     """The pipeline that /v1/predict answers with."""
     deadline_s: Seconds = 5.0
-    """Time for a request, from its head to its answer, where it names none (X-Timeout-Ms)."""
+    """Time for an answer, from when its request is there as a whole, where that names none (X-Timeout-Ms)."""
     max_deadline_s: Seconds = 30.0
     """The most that a request may ask for."""
     body_timeout_s: Seconds = 10.0
-    """Time to receive a request's body."""
+    """Time to receive a request's body; it has longer while it comes at GATEWAY_BODY_RATE."""
+    body_rate: int = Field(default=4096, ge=1, le=2**30)
+    """Bytes a second, over GATEWAY_BODY_TIMEOUT_S, at which a body may take as long as it likes."""
     max_body_bytes: int = Field(default=20 * 2**20, ge=1024, le=2**30)
     """Largest request body, and largest picture by location; base64 makes a picture a third larger."""
     max_held_bytes: int = Field(default=512 * 2**20, validate_default=True)
