@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,6 +16,8 @@ from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match
 
 from gateway import budget, pages, schemas, views
 from gateway.access import OPENAPI_SCHEMES, OPENAPI_SECURITY, Access
@@ -77,9 +80,14 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
         response = problem_response(request, Failure(code, f"{request.method} {request.url.path[:200]}"))
         response.headers.update(error.headers or {})
+        if error.status_code == 405:  # Starlette names the methods of the first route alone
+            there = [r for r in app.routes if isinstance(r, APIRoute) and r.matches(request.scope)[0] != Match.NONE]
+            methods = {method for route in there for method in route.methods or ()}
+            response.headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
         return response
 
-    @app.post("/predict", include_in_schema=False)
+    @app.api_route("/predict", methods=["POST", "PUT"], include_in_schema=False)
+    @app.put("/v1/predict", include_in_schema=False)  # what `curl -T` sends
     @app.post(
         "/v1/predict",
         summary="Judge one picture",
@@ -101,6 +109,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
                 service.require_room(asker)  # before the work of reading, and before that costs the client something
             service.rates.spend(client.name, client.rate)
             picture = await read_picture(request, settings, asker.deadline, share)
+            asker = replace(asker, deadline=budget.deadline(request, settings))
             with budget.Bounded(request):
                 judged = await service.judge(picture, asker, request.headers)
         timing = views.timing(judged, state["started"])
@@ -117,6 +126,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
         compare = BackgroundTask(service.compare, judged, request_id)
         return Response(body.model_dump_json(), 200, headers, "application/json", compare)
 
+    @app.put("/v1/predict/batch", include_in_schema=False)
     @app.post(
         "/v1/predict/batch",
         summary="Judge several pictures",
@@ -139,6 +149,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
                 service.rates.lend(client.name, client.rate, items - 1)
 
             items = await read_batch(request, settings, deadline, share, counted)
+            deadline = budget.deadline(request, settings)
 
             async def result(i: int, item: Picture | Failure) -> schemas.BatchAnswer | schemas.BatchProblem:
                 asker = Asker(f"{request_id}-{i}", client.name, deadline)
@@ -147,7 +158,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
                         raise item
                     judged = await service.judge(item, asker, request.headers)
                 except Failure as failure:
-                    return schemas.BatchProblem(problem=Problem.of(failure, asker.request_id))
+                    return schemas.BatchProblem(problem=Problem.of(failure, asker.request_id, settings.root_path))
                 answer = views.prediction(asker.request_id, judged, views.timing(judged, request.state.started))
                 metrics.predicted(answer.model_version, answer.route)
                 return schemas.BatchAnswer(answer=answer)
@@ -238,7 +249,15 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
         return pages.error(code) if pages.wants_html(request) else views.error(code)
 
     app.add_middleware(Access, keys=keys)
-    app.add_middleware(RequestContext, metrics=metrics)  # the outermost: added last
+    app.add_middleware(RequestContext, metrics=metrics, root=settings.root_path)  # the outermost but for the next
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=[origin.strip() for origin in settings.cors_origins.split(",")],
+            allow_methods=["GET", "HEAD", "POST", "PUT"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-ID", "Retry-After", "Server-Timing"],
+        )
     app.middleware_stack = Direct(
         app.build_middleware_stack(),
         routes=[
@@ -275,6 +294,8 @@ def _complete_openapi(app: FastAPI, settings: Settings) -> None:
                     if "HTTPValidationError" in str(responses.get("422", "")):
                         del responses["422"]
             document["components"]["securitySchemes"] = OPENAPI_SCHEMES
+            if settings.root_path:
+                document["servers"] = [{"url": settings.root_path}]
             app.openapi_schema = document
         return app.openapi_schema
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from types import TracebackType
 
@@ -28,12 +29,14 @@ OPENAPI_PARAMETER = {
 def deadline(request: Request, settings: Settings) -> float:
     """When the answer is of no use any more, in monotonic seconds.
 
+    A client that names no time is not held to one while it is still sending: ask again once its request is there.
+
     Raises:
         Failure: invalid_request.
     """
     text = request.headers.get(HEADER)
     if text is None:
-        return float(request.state.started) + settings.deadline_s
+        return time.monotonic() + settings.deadline_s
     if not (text.isascii() and text.isdigit() and 1 <= len(text) <= 7 and 1 <= int(text) <= 3_600_000):
         raise Failure("invalid_request", f"{HEADER}: expected whole milliseconds from 1 to 3600000")
     return float(request.state.started) + min(int(text) / 1000, settings.max_deadline_s)
@@ -60,16 +63,21 @@ class Bounded:
         request: whose client it is.
         seconds: how long the block may take; None: as long as it likes.
         late: makes what it fails with after that.
+        more: asked when the time is over: how many seconds more it may take.
 
     Raises:
         Failure: client_gone, or the one for the time.
     """
 
     def __init__(
-        self, request: Request, seconds: float | None = None, late: Callable[[], Failure] | None = None
+        self,
+        request: Request,
+        seconds: float | None = None,
+        late: Callable[[], Failure] | None = None,
+        more: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._departure: Departure = request.scope["state"][DEPARTURE]
-        self._seconds, self._late = seconds, late
+        self._seconds, self._late, self._more = seconds, late, more
         self._timer: asyncio.TimerHandle | None = None
         self._why: Callable[[], Failure] | None = None
         """Makes the failure that the block ended with. A failure kept here would be part of a circle: with it comes
@@ -102,7 +110,10 @@ class Bounded:
 
     def _on_time(self) -> None:
         assert self._late is not None
-        self.end(self._late)
+        if (seconds := self._more()) > 0:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._on_time)
+        else:
+            self.end(self._late)
 
     def end(self, why: Callable[[], Failure]) -> None:
         """End the block before its time, with what `why` makes."""

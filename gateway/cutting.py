@@ -27,6 +27,8 @@ _LONG, _LONG_ESCAPED = 4 * MAX_VALUE, 12 * MAX_VALUE
 _PIECE = 2**18
 """So many characters are decoded at once; four of them are three bytes, so it is a multiple of four."""
 _ESCAPE = 6
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Some clients, of Windows above all, write it before their JSON; it says nothing."""
 _CONTROL = re.compile(rb"[\x00-\x1f]")
 
 
@@ -47,7 +49,7 @@ class Cut:
         # Nobody can guess a mark; and it is too long for metadata, as what it stands for.
         secret, filler = secrets.token_hex(16), "." * MAX_VALUE
         pieces: list[bytes] = []
-        start = look = 0
+        start = look = len(_BYTE_ORDER_MARK) if body.startswith(_BYTE_ORDER_MARK) else 0
         left = most
         while found := _IMAGE.search(body, look, start + left):
             begin = found.end()
@@ -66,7 +68,7 @@ class Cut:
             start = end
         if len(body) - start > left:
             raise Failure("invalid_request", f"body: the limit beside its pictures is {most:,} bytes")
-        self.rest = b"".join([*pieces, body[start:]]) if pieces else body
+        self.rest = b"".join([*pieces, body[start:]])
 
     async def decode(self, image: str, share: Share) -> bytes:
         """The picture that a string of the parsed rest is, or stands for.

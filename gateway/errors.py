@@ -101,6 +101,10 @@ PROBLEMS: dict[str, Kind] = {
         400, "The body is not a valid form", "Send a file part 'image' and, if wanted, a part 'metadata' with JSON.",
         "client", "read",
     ),
+    "invalid_encoding": Kind(
+        400, "The body is not compressed as its Content-Encoding says",
+        "Send one whole gzip stream, or the body as it is and no Content-Encoding.", "client", "read",
+    ),
     "invalid_request": Kind(
         422, "The request does not follow the contract", "Compare it with the schema under /docs.", "client", "read"
     ),
@@ -109,14 +113,17 @@ PROBLEMS: dict[str, Kind] = {
         "Send a flat JSON object of strings, numbers, booleans and nulls, not too large.", "client", "read",
     ),
     "unsupported_media_type": Kind(
-        415, "The content type is not accepted", "Use application/json, multipart/form-data, or image/*.",
+        415, "The content type is not accepted",
+        "Use application/json, multipart/form-data, or image/*, plain or with Content-Encoding: gzip.",
         "client", "read",
     ),
     "body_too_large": Kind(
         413, "The body is too large", "Send a smaller picture; the limit is in the detail.", "client", "read"
     ),
     "body_timeout": Kind(
-        408, "The body did not arrive in time", "Send it again, faster; nothing was kept.", "client", "read", True
+        408, "The body did not arrive in time",
+        "Send a smaller picture, or over a faster line; nothing was kept. The detail says how fast it has to be.",
+        "client", "read", True, 1,
     ),
     # The picture could not be used. The codes are those of the preprocessing step.
     "image_empty": Kind(422, "The picture is empty", "Send the bytes of a picture file.", "client", "preprocess"),
@@ -233,11 +240,11 @@ class Problem(BaseModel):
     request_id: str = Field(examples=["6f1c2a9e8f0b4b6d9f4e8f1d2c3b4a59"])
 
     @classmethod
-    def of(cls, failure: Failure, request_id: str) -> Problem:
-        """The problem that a failure is."""
+    def of(cls, failure: Failure, request_id: str, root: str = "") -> Problem:
+        """The problem that a failure is, where the service is reached under the path `root`."""
         kind = PROBLEMS[failure.code]
         return cls(
-            type=f"/errors/{failure.code}",
+            type=f"{root}/errors/{failure.code}",
             title=kind.title,
             status=kind.status,
             detail=failure.detail,

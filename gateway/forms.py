@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -15,11 +16,13 @@ from gateway.errors import Failure
 _PIECE = 2**16
 """So many bytes are parsed at once: a few milliseconds, should they be made to look like boundaries."""
 _MAX_PARTS = 8
+_EXTENDED_FILENAME = re.compile(rb";\s*filename\*", re.IGNORECASE)
+"""A file name that is not ASCII, as some clients write it (RFC 5987); the parser of options drops it."""
 
 
 @dataclass
 class Part:
-    """A part of a form; `is_file` where it came with a file name."""
+    """A part of a form; `is_file` where it came with a file name, or with the type of one."""
 
     name: str = ""
     is_file: bool = False
@@ -28,9 +31,9 @@ class Part:
     content: BytesIO = field(default_factory=BytesIO)
 
     def text(self) -> str:
-        """The content as text."""
+        """The content as text, without a byte order mark."""
         try:
-            return self.content.getvalue().decode()
+            return self.content.getvalue().decode("utf-8-sig")
         except UnicodeDecodeError:
             return self.content.getvalue().decode("latin-1")
 
@@ -55,6 +58,7 @@ class Form:
         self._part = Part()
         self._begun = 0
         self._name, self._value, self._disposition = bytearray(), bytearray(), b""
+        self._type = b""
         try:
             self._parser = MultipartParser(
                 boundary,
@@ -97,15 +101,22 @@ class Form:
     def _on_header(self) -> None:
         if self._name.lower() == b"content-disposition":
             self._disposition = bytes(self._value)
+        elif self._name.lower() == b"content-type":
+            self._type = bytes(self._value).strip().lower()
         self._name, self._value = bytearray(), bytearray()
 
     def _on_headers(self) -> None:
-        options = parse_options_header(self._disposition)[1]
-        self._disposition = b""
+        disposition, kind = self._disposition, self._type
+        options = parse_options_header(disposition)[1]
+        self._disposition = self._type = b""
         if b"name" not in options:
             raise Failure("invalid_multipart", "a part has no name")
         self._part.name = options[b"name"].decode(errors="replace")
-        self._part.is_file = b"filename" in options
+        self._part.is_file = (
+            b"filename" in options
+            or kind.startswith((b"image/", b"application/octet-stream"))
+            or _EXTENDED_FILENAME.search(disposition) is not None
+        )
         self._part.limit = self._limits.pop(self._part.name, 0)
 
     def _on_data(self, data: bytes, start: int, end: int) -> None:

@@ -1,15 +1,17 @@
 """The body of a request, in any of its forms, to a picture, or where it is, and its metadata.
 
 Bounded in size and time, and in what all bodies hold together; nothing is written to disk. A body is read up to its
-limit and no further. However large it is, and whatever is in it, other requests go on meanwhile: what takes long is
-done in pieces (forms.py, cutting.py).
+limit and no further, compressed or not. However large it is, and whatever is in it, other requests go on meanwhile:
+what takes long is done in pieces (forms.py, cutting.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
+import zlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -25,7 +27,15 @@ from gateway.memory import Share
 from gateway.schemas import ONE_PICTURE, BatchRequest, Metadata, PredictRequest
 from gateway.settings import Settings
 
-_METADATA: TypeAdapter[Metadata] = TypeAdapter(Metadata)
+_METADATA: TypeAdapter[Metadata | None] = TypeAdapter(Metadata | None)
+Write = Callable[[bytes], Awaitable[None]]
+_SIGNATURES = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|GIF8[79]a|BM....\0\0\0\0|II[*+]\0|MM\0[*+]", re.DOTALL
+)
+"""How the files of the pictures that are taken begin."""
+_SIGNATURE_BYTES = 12
+_INFLATED = 2**18
+"""So many bytes are decompressed at once: a millisecond."""
 _REST = 2**17
 """Bytes of JSON that are parsed at once beside the pictures of a request, and what its metadata may need: indentation,
 and a location. More is nothing that a client of this contract has a use for."""
@@ -54,6 +64,9 @@ OPENAPI_REQUEST_BODY = {
             "encoding": {"image": {"contentType": "image/*"}},
         },
         "image/*": {"schema": {"type": "string", "format": "binary", "description": "The picture file itself."}},
+        "application/octet-stream": {
+            "schema": {"type": "string", "format": "binary", "description": "The same, without saying what it is."}
+        },
     },
 }
 
@@ -99,19 +112,18 @@ async def read_picture(request: Request, settings: Settings, deadline: float, sh
     """
     content_type = request.headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
-    if not media_type and request.headers.get("content-length", "0") == "0":
-        raise Failure("missing_body", "neither a body nor a content type was sent")
     if media_type == "multipart/form-data":
         rest = _rest(settings, 1)
         limits = {"image": settings.max_body_bytes, "image_url": rest, "metadata": rest, "model_version": rest}
         form = Form(content_type, limits)
         await _read(request, settings, deadline, share, form.write)
         picture = _from_form(form, share)
-    elif media_type == "application/json" or media_type.startswith("image/"):
-        body = await _read_whole(request, settings, deadline, share)
-        picture = Picture(body, {}) if media_type != "application/json" else await _from_json(body, settings, share)
+    elif media_type == "application/json":
+        picture = await _from_json(await _read_whole(request, settings, deadline, share), settings, share)
     else:
-        raise Failure("unsupported_media_type", f"{media_type[:100] or 'no content type'} is not taken")
+        is_picture = media_type.startswith("image/") or media_type == "application/octet-stream"
+        body = await _read_whole(request, settings, deadline, share, None if is_picture else media_type)
+        picture = Picture(body, {})
     _require_small(picture.metadata, settings.max_metadata_bytes)
     if not request.scope["query_string"]:
         return picture
@@ -130,7 +142,7 @@ async def read_batch(
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
-        raise Failure("unsupported_media_type", f"{media_type[:100] or 'no content type'} is not taken")
+        raise _not_taken(media_type, "send application/json")
     body = await _read_whole(request, settings, deadline, share)
     cut = Cut(body, _rest(settings, settings.max_items))
     try:
@@ -178,12 +190,16 @@ def _one_pin(in_query: list[str], in_body: str | None) -> str | None:
     return next(iter(pins), None)
 
 
-async def _read_whole(request: Request, settings: Settings, deadline: float, share: Share) -> bytes:
+async def _read_whole(
+    request: Request, settings: Settings, deadline: float, share: Share, media_type: str | None = None
+) -> bytes:
+    """The body. With a `media_type`, which says nothing of pictures, it has to begin as one."""
     first = b""
     body = BytesIO()
+    is_known = media_type is None
 
     async def write(data: bytes) -> None:
-        nonlocal first
+        nonlocal first, is_known
         if first:
             body.write(first)
             first = b""
@@ -191,38 +207,137 @@ async def _read_whole(request: Request, settings: Settings, deadline: float, sha
             body.write(data)
         else:
             first = data  # most pictures come in one piece
+        if not is_known and len(first) + body.tell() >= _SIGNATURE_BYTES:
+            is_known = require_picture()
+
+    def require_picture() -> bool:
+        begin = first[:_SIGNATURE_BYTES] or body.getvalue()[:_SIGNATURE_BYTES]
+        if not _SIGNATURES.match(begin):
+            raise _no_picture(media_type or "", begin)
+        return True
 
     await _read(request, settings, deadline, share, write)
+    if not is_known:
+        require_picture()
     return first or body.getvalue()  # without a copy, as this is the only reference to it
 
 
-async def _read(
-    request: Request, settings: Settings, deadline: float, share: Share, write: Callable[[bytes], Awaitable[None]]
-) -> None:
-    """Hand the body on as it comes."""
+def _no_picture(media_type: str, begin: bytes) -> Failure:
+    if begin.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"["):
+        return _not_taken(media_type, "the body looks like JSON: send application/json")
+    if begin.startswith(b"--"):
+        return _not_taken(media_type, "the body looks like a form: send multipart/form-data with its boundary")
+    kinds = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+    return _not_taken(media_type, f"the body does not begin as {kinds}: send such a file, as image/jpeg or the like")
+
+
+def _not_taken(media_type: str, instead: str) -> Failure:
+    return Failure("unsupported_media_type", f"{media_type[:100] or 'no content type'} is not taken; {instead}")
+
+
+async def _read(request: Request, settings: Settings, deadline: float, share: Share, write: Write) -> None:
+    """Hand the body on as it comes, decompressed.
+
+    It may take `GATEWAY_BODY_TIMEOUT_S`, and so long again whenever enough came meanwhile; until `deadline` at most
+    where the client itself named a time.
+    """
     limit = settings.max_body_bytes
     declared = request.headers.get("content-length", "")
     if declared.isascii() and declared.isdigit():
         if int(declared) > limit:
             raise _too_large(limit)
         share.require(int(declared))
-    size = 0
-    seconds = min(settings.body_timeout_s, deadline - time.monotonic())
+    encodings = _encodings(request)
+    size = counted = held = 0
+    seconds = settings.body_timeout_s
+    enough = max(1, int(settings.body_rate * seconds))
+    now = time.monotonic()
+    end = deadline if budget.HEADER in request.headers else float("inf")
+    turn = now + seconds
 
     def late() -> Failure:
-        return Failure("body_timeout", f"{size:,} bytes came within {seconds:.3g} s")
+        if end <= turn:
+            return Failure("body_timeout", f"{size:,} bytes came within the time of {budget.HEADER}")
+        least = f"it has {seconds:g} s, and longer while {settings.body_rate:,} bytes come each second"
+        return Failure("body_timeout", f"{size - counted:,} bytes of the body came in {seconds:g} s; {least}")
 
-    with budget.Bounded(request, seconds, late) as bounded:
+    def more() -> float:
+        nonlocal counted, turn
+        if end <= turn or size - counted < enough:
+            return 0.0
+        now = time.monotonic()
+        counted, turn = size, now + seconds
+        return min(turn, end) - now
+
+    async def hold(data: bytes) -> None:
+        nonlocal held
+        held += len(data)
+        if held > limit:
+            raise _too_large(limit)
+        share.take(len(data))
+        await write(data)
+
+    inflater = _Inflater(hold) if encodings else None
+    with budget.Bounded(request, min(turn, end) - now, late, more) as bounded:
         share.begin(bounded.end)
         async for chunk in request.stream():
             size += len(chunk)
             if size > limit:
                 raise _too_large(limit)
-            share.take(len(chunk))
-            await write(chunk)
+            await (inflater.write(chunk) if inflater else hold(chunk))
         share.stop()
     if not size:
         raise Failure("missing_body", "the body is empty")
+    if inflater:
+        inflater.close()
+        if not held:
+            raise Failure("missing_body", "what was compressed is empty")
+
+
+def _encodings(request: Request) -> list[str]:
+    """How the body is compressed: not at all, or with gzip, the one encoding that is taken."""
+    values = [value for name, value in request.scope["headers"] if name == b"content-encoding"]
+    if not values:
+        return []
+    names = map(str.strip, b",".join(values).decode("latin-1").lower().split(","))
+    encodings = [name for name in names if name not in ("", "identity")]
+    if encodings not in ([], ["gzip"], ["x-gzip"]):
+        named = ", ".join(encodings)[:100]
+        raise Failure(
+            "unsupported_media_type", f"Content-Encoding: {named} is not taken; send gzip, or the body as it is"
+        )
+    return encodings
+
+
+class _Inflater:
+    """Write a gzip stream into it, and it hands on what it holds, in pieces; what is never asked for is not made."""
+
+    def __init__(self, write: Write) -> None:
+        self._write = write
+        self._stream = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+
+    async def write(self, data: bytes) -> None:
+        """Read on."""
+        is_full = False
+        while data or is_full:
+            if self._stream.eof:
+                if not data:
+                    return
+                raise Failure("invalid_encoding", "something comes after the end of the gzip stream")
+            try:
+                piece = self._stream.decompress(data, _INFLATED)
+            except zlib.error as error:
+                raise Failure("invalid_encoding", f"gzip: {str(error)[:100]}") from None
+            is_full = len(piece) == _INFLATED  # there may be more of it, though all that came was read
+            if piece:
+                await self._write(piece)
+                await asyncio.sleep(0)
+            data = self._stream.unconsumed_tail or self._stream.unused_data
+
+    def close(self) -> None:
+        """There is no more."""
+        if not self._stream.eof:
+            raise Failure("invalid_encoding", "the gzip stream ends early")
 
 
 def _too_large(limit: int) -> Failure:
@@ -240,9 +355,10 @@ async def _from_json(body: bytes, settings: Settings, share: Share) -> Picture:
 
 
 async def _picture(request: PredictRequest, cut: Cut, share: Share) -> Picture:
-    if "image_url" in request.model_fields_set:
-        return Picture(b"", request.metadata, request.model_version, request.image_url, share)
-    return Picture(await cut.decode(request.image, share), request.metadata, request.model_version)
+    metadata = request.metadata or {}
+    if request.image_url is not None:
+        return Picture(b"", metadata, request.model_version, request.image_url, share)
+    return Picture(await cut.decode(request.image or "", share), metadata, request.model_version)
 
 
 def _json_failure(error: ValidationError) -> Failure:
@@ -275,8 +391,11 @@ def _from_form(form: Form, share: Share) -> Picture:
     image, url = parts.get("image"), parts.get("image_url")
     if (image is None) == (url is None):
         raise Failure("invalid_request", "exactly one of the parts 'image' and 'image_url' is needed")
-    if image and not image.is_file:
-        raise Failure("invalid_request", "the part 'image' is no file (it needs a filename)")
+    if image and not image.is_file and not _SIGNATURES.match(image.content.getvalue()):
+        raise Failure(
+            "invalid_request",
+            "the part 'image' is no file: send it with a filename or as image/* (curl -F image=@parcel.jpg)",
+        )
     for name in ("image_url", "model_version"):
         if name in parts and parts[name].is_file:
             raise Failure("invalid_request", f"the part '{name}' is text, not a file")
@@ -290,7 +409,7 @@ def _from_form(form: Form, share: Share) -> Picture:
 
 def _parse_metadata(text: str) -> Metadata:
     try:
-        return _METADATA.validate_json(text)
+        return _METADATA.validate_json(text) or {}
     except ValidationError as error:
         raise _metadata_failure(error) from None
 

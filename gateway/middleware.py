@@ -37,7 +37,7 @@ logger = logging.getLogger("gateway.request")
 
 def problem_response(request: Request, failure: Failure) -> Response:
     """The response for a failure; its code goes into the log line, with what is not the client's also the detail."""
-    kind, problem = PROBLEMS[failure.code], Problem.of(failure, request.state.request_id)
+    kind, problem = PROBLEMS[failure.code], Problem.of(failure, request.state.request_id, request.state.root)
     request.state.log["code"] = failure.code
     if kind.fault != "client":
         request.state.log["detail"] = failure.detail
@@ -46,17 +46,23 @@ def problem_response(request: Request, failure: Failure) -> Response:
         headers["Connection"] = "close"  # what else comes is not read
     if kind.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if kind.status == 415:
+        headers["Accept-Encoding"] = "gzip"  # of a request's body (RFC 7694)
     if retry_after := failure.retry_after or kind.retry_after:
         headers["Retry-After"] = str(math.ceil(retry_after))
     return Response(problem.model_dump_json(), kind.status, headers, MEDIA_TYPE)
 
 
 class RequestContext:
-    """Gives each request `state.request_id`, `state.started` (monotonic seconds) and `state.log` (fields)."""
+    """Gives each request `state.request_id`, `state.started` (monotonic seconds) and `state.log` (fields).
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    `root` is the path under which the service is reached: `state.root`.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, root: str = "") -> None:
         self.app = app
         self.metrics = metrics
+        self.root = root
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -64,11 +70,14 @@ class RequestContext:
             await self.app(scope, receive, send)
             return
         request, state = Request(scope), scope.setdefault("state", {})
+        # HEAD is answered as GET; what is below leaves the body out.
+        inner: Scope = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         sent = request.headers.get(REQUEST_ID, "")
         request_id = sent if _ACCEPTED_ID.fullmatch(sent) else secrets.token_hex(16)
         started = time.monotonic()
         log: dict[str, Any] = {"request_id": request_id, "method": scope["method"], "path": scope["path"][:200]}
         state["request_id"], state["started"], state["log"] = request_id, started, log
+        state["root"] = self.root
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -92,7 +101,7 @@ class RequestContext:
 
         try:
             refuse_if_broken()
-            await self.app(scope, receive_unless_broken, send_with_headers)
+            await self.app(inner, receive_unless_broken, send_with_headers)
         except Failure as refusal:
             await problem_response(request, refusal)(scope, receive, send_with_headers)
         except asyncio.CancelledError:
@@ -110,7 +119,7 @@ class RequestContext:
             seconds = time.monotonic() - started
             log["total_ms"] = round(seconds * 1000, 3)
             # The route's template, which the router left in the scope: a path is whatever a client likes.
-            template = getattr(scope.get("route"), "path", "unknown")
+            template = getattr(inner.get("route"), "path", "unknown")
             self.metrics.request(template, str(log.get("status", "none")), log.get("code", ""), seconds)
             quiet = scope["path"].startswith(("/health", "/metrics")) and log.get("status") == 200
             logger.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": log})

@@ -1,6 +1,7 @@
 """The few pages for browsers: the interactive documents, and what a problem's `type` leads to.
 
-Each comes with the Content-Security-Policy that lets it do what it does, and no more.
+Their links are relative, so that they hold under whatever path a proxy serves them. Each comes with the
+Content-Security-Policy that lets it do what it does, and no more.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from starlette.responses import HTMLResponse
 
 from gateway.errors import PROBLEMS, Kind
 
-STATIC = "/static-offline-docs"
+_STATIC = "static-offline-docs"
 """Where `FastAPIOffline` serves Swagger UI from its package."""
 _STYLE = (
     "body{font:1rem/1.5 sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem}td,th{padding:.2rem 1rem .2rem 0;"
@@ -43,11 +44,11 @@ def _quality(request: Request, media_type: str) -> float:
 def docs(title: str) -> HTMLResponse:
     """Swagger UI, from our own address alone."""
     page = get_swagger_ui_html(
-        openapi_url="/openapi.json",
+        openapi_url="openapi.json",
         title=title,
-        swagger_js_url=f"{STATIC}/swagger-ui-bundle.js",
-        swagger_css_url=f"{STATIC}/swagger-ui.css",
-        swagger_favicon_url=f"{STATIC}/favicon.png",
+        swagger_js_url=f"{_STATIC}/swagger-ui-bundle.js",
+        swagger_css_url=f"{_STATIC}/swagger-ui.css",
+        swagger_favicon_url=f"{_STATIC}/favicon.png",
     )
     scripts = [_hash(script) for script in re.findall(rb"<script>(.*?)</script>", bytes(page.body), re.DOTALL)]
     # Swagger UI writes style attributes, and carries its icons as data.
@@ -64,7 +65,7 @@ def error(code: str) -> HTMLResponse:
     rows = {"Status": str(kind.status), "What to do": kind.advice, "Who has to act": kind.fault, "Step": kind.step}
     rows["Again"] = again(kind)
     table = "".join(f"<tr><th>{name}</th><td>{escape(text)}</td></tr>" for name, text in rows.items())
-    return _page(code, f"<p>{escape(kind.title)}.</p><table>{table}</table><p><a href='/errors'>All errors</a></p>")
+    return _page(code, f"<p>{escape(kind.title)}.</p><table>{table}</table><p><a href='../errors'>All errors</a></p>")
 
 
 def errors() -> HTMLResponse:
@@ -73,7 +74,7 @@ def errors() -> HTMLResponse:
     rows = [
         (
             str(kind.status),
-            f"<a href='/errors/{code}'>{code}</a>",
+            f"<a href='errors/{code}'>{code}</a>",
             escape(kind.title),
             again(kind),
             kind.fault,

@@ -44,14 +44,17 @@ Metadata = Annotated[_Entries, BeforeValidator(_stop_at_the_first)]
 _BASE64 = "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{4}|[A-Za-z0-9+/]{3}=|[A-Za-z0-9+/]{2}==)$"
 """At least one byte. For the OpenAPI document; decoding it is the check."""
 
-ONE_PICTURE = [{"required": ["image"]}, {"required": ["image_url"]}]
+ONE_PICTURE = [{"required": [name], "properties": {name: {"type": "string"}}} for name in ("image", "image_url")]
 """For `oneOf`: the picture, or where it is."""
 
 
 def _document_one_picture(schema: dict[str, Any]) -> None:
     schema["oneOf"] = ONE_PICTURE
-    for (name,) in (option["required"] for option in ONE_PICTURE):
-        del schema["properties"][name]["default"]
+    for name in ("image", "image_url", "metadata"):
+        field = schema["properties"][name]
+        del field["default"]
+        (kind,) = (option for option in field.pop("anyOf") if option != {"type": "null"})
+        field |= {**kind, "type": [kind["type"], "null"]}
 
 
 class PredictRequest(BaseModel):
@@ -59,18 +62,20 @@ class PredictRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), json_schema_extra=_document_one_picture)
 
-    image: StrictStr = Field(
-        default="",
+    image: StrictStr | None = Field(
+        default=None,
         description="The picture file (JPEG, PNG, WebP, BMP, GIF or TIFF), in standard base64.",
         json_schema_extra={"contentEncoding": "base64", "pattern": _BASE64},
     )
-    image_url: StrictStr = Field(
-        default="",
+    image_url: StrictStr | None = Field(
+        default=None,
         description="Where the picture is: an https URL, or s3:// or gs://, of a host that the service allows.",
         examples=["https://images.example.com/parcel.jpg"],
     )
-    metadata: Metadata = Field(
-        default={}, description="A flat object that comes back in the answer unchanged.", examples=[{"parcel": "A-17"}]
+    metadata: Metadata | None = Field(
+        default=None,
+        description="A flat object that comes back in the answer unchanged.",
+        examples=[{"parcel": "A-17"}],
     )
     model_version: StrictStr | None = Field(
         default=None, description="The release to ask. Without it the routing decides.", examples=["defect-v1"]
@@ -78,7 +83,7 @@ class PredictRequest(BaseModel):
 
     @model_validator(mode="after")
     def _has_one_picture(self) -> Self:
-        if len({"image", "image_url"} & self.model_fields_set) != 1:
+        if (self.image is None) == (self.image_url is None):
             raise PydanticCustomError("one_picture", "exactly one of image and image_url is needed")
         return self
 
