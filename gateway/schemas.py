@@ -64,7 +64,7 @@ class PredictRequest(BaseModel):
 
     image: StrictStr | None = Field(
         default=None,
-        description="The picture file (JPEG, PNG, WebP, BMP, GIF or TIFF), in standard base64.",
+        description="The picture file (JPEG, PNG, WebP, BMP, GIF, TIFF or AVIF), in standard base64.",
         json_schema_extra={"contentEncoding": "base64", "pattern": _BASE64},
     )
     image_url: StrictStr | None = Field(
