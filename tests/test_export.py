@@ -271,7 +271,7 @@ def test_another_signature_needs_another_pipeline(
     ("arguments", "message"),
     [
         (["--checkpoint", "nowhere"], "card.json is missing"),
-        (["--onnx", "nowhere.onnx", "--spec", "nowhere.toml"], "No such file"),
+        (["--onnx", "nowhere.onnx", "--spec", "nowhere.toml"], "nowhere.onnx is missing"),
         (["--serving", str(ROOT / "Makefile")], "not TOML"),
     ],
 )
