@@ -240,11 +240,6 @@ def _elsewhere(folder: Path) -> None:
     (folder / "model.onnx").rename(folder / "best.onnx")
 
 
-def _unfinished_copy(folder: Path) -> None:
-    file(lambda good: good)(folder)
-    (folder / ".model.onnx.Xk2a").write_bytes(b"half")
-
-
 def _copy(folder: Path) -> None:
     shutil.copy(folder.parent / "1" / "model.onnx", folder)
 
@@ -265,7 +260,6 @@ BROKEN: dict[str, Drop] = {
     "external weights, beside": Drop("classifier", lambda f: _external(f, keep=True), r"holds weights\.bin beside"),
     "another name": Drop("classifier", _elsewhere, r"has no model\.onnx; it holds best\.onnx"),
     "in a folder of its own": Drop("classifier", _nested, "model is no plain file"),
-    "unfinished copy": Drop("classifier", _unfinished_copy, r"holds \.model\.onnx\.Xk2a beside"),
     "linked file": Drop("classifier", _linked_file, "is a link"),
     "linked folder": Drop("classifier", _linked_folder, "is a link"),
     "link in a loop": Drop("classifier", _loop, "again is a link"),
