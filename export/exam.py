@@ -304,9 +304,13 @@ def _run(job: Job, rules: Rules, add: Callable[[Check], None], report: Report) -
 
 def _limit(rules: Rules) -> None:
     """In the child: memory bounded, and never ahead of a server that answers requests."""
-    size = int(rules.memory_gib * 2**30)
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
     seconds = int(rules.timeout_s) + 1  # should the parent be killed, it ends nevertheless
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for limit, wanted in (
+        (resource.RLIMIT_AS, int(rules.memory_gib * 2**30)),
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        most = resource.getrlimit(limit)[1]  # of the shell that we come from, which cannot be raised
+        wanted = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+        resource.setrlimit(limit, (wanted, wanted))
     os.nice(10)

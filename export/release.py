@@ -200,6 +200,8 @@ def write_verdict(repository: Repository, folder: Path, verdict: Verdict) -> Non
 def verdict_of(folder: Path) -> Verdict | None:
     """The verdict that lies in a version's folder; None where there is none that can be read."""
     try:
+        if not (folder / VERDICT).is_file():  # a pipe would be waited for
+            return None
         return Verdict.model_validate_json((folder / VERDICT).read_bytes())
     except (OSError, ValueError):
         return None

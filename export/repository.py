@@ -101,6 +101,8 @@ def _read(path: Path) -> pb.ModelConfig:
         RepositoryError: it is none; the message names it.
         OSError: it cannot be read.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise RepositoryError(f"{path} is no plain file")
     try:
         return config.parse(path.read_text())
     except ValueError as error:

@@ -59,8 +59,9 @@ class Form:
         self._begun = 0
         self._name, self._value, self._disposition = bytearray(), bytearray(), b""
         self._type = b""
+        self._is_whole = False
         try:
-            self._parser = MultipartParser(
+            self._parser: MultipartParser | None = MultipartParser(
                 boundary,
                 {
                     "on_part_begin": self._on_begin,
@@ -70,6 +71,7 @@ class Form:
                     "on_headers_finished": self._on_headers,
                     "on_part_data": self._on_data,
                     "on_part_end": self._on_end,
+                    "on_end": self._on_last,
                 },
             )
         except FormParserError as error:
@@ -80,10 +82,23 @@ class Form:
         for at in range(0, len(data), _PIECE):
             if at:
                 await asyncio.sleep(0)
+            assert self._parser is not None
             try:
                 self._parser.write(data[at : at + _PIECE])
             except FormParserError:
                 raise Failure("invalid_multipart", "the form cannot be parsed") from None
+
+    def close(self) -> None:
+        """There is no more to read. The parser knows this form, and would keep it and its picture in memory."""
+        self._parser = None
+
+    def require_whole(self) -> None:
+        """Raise where the form ended early: a part that was not read to its end would be missing in silence."""
+        if not self._is_whole:
+            raise Failure("invalid_multipart", "the form ends before its closing boundary")
+
+    def _on_last(self) -> None:
+        self._is_whole = True
 
     def _on_begin(self) -> None:
         self._part = Part()

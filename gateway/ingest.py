@@ -116,7 +116,11 @@ async def read_picture(request: Request, settings: Settings, deadline: float, sh
         rest = _rest(settings, 1)
         limits = {"image": settings.max_body_bytes, "image_url": rest, "metadata": rest, "model_version": rest}
         form = Form(content_type, limits)
-        await _read(request, settings, deadline, share, form.write)
+        try:
+            await _read(request, settings, deadline, share, form.write)
+        finally:
+            form.close()
+        form.require_whole()
         picture = _from_form(form, share)
     elif media_type == "application/json":
         picture = await _from_json(await _read_whole(request, settings, deadline, share), settings, share)

@@ -531,3 +531,19 @@ def test_no_mutation_raises_anything_else(kind: str) -> None:
 )
 def test_the_steps_run_on_the_python_of_nvidias_image(path: Path) -> None:
     ast.parse(path.read_text(), feature_version=(3, 10))
+
+
+@pytest.mark.parametrize("compression", [1, 5, 7, 8, 34925])
+def test_tiles_far_larger_than_their_picture_are_refused_unread(compression: int) -> None:
+    """A picture one pixel wide, whose tiles hold 386 million: 82 kB of that kind held a step for 46 s."""
+    side, tiles = 4096, 23
+    entries = [
+        (256, 4, 1, 1), (257, 4, 1, side * tiles), (258, 3, 1, 8), (259, 3, 1, compression), (262, 3, 1, 1),
+        (277, 3, 1, 1), (322, 4, 1, side), (323, 4, 1, side), (324, 4, tiles, 200), (325, 4, tiles, 400),
+    ]  # fmt: skip
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
+    data = head + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    data = data.ljust(200, b"\0") + struct.pack(f"<{tiles}I", *[600] * tiles)
+    data = data.ljust(400, b"\0") + struct.pack(f"<{tiles}I", *[10] * tiles) + bytes(1000)
+    with pytest.raises(PREPROCESSING.PictureError, match="image_too_large: tiles of 4096 x 4096"):
+        PREPROCESSING.preprocess(data, 64)

@@ -104,6 +104,25 @@ def test_a_part_that_lacks_something_is_tried_again_and_given_up(capsys: pytest.
     assert capsys.readouterr().err.count("triton cannot be started: cannot listen on 127.0.0.1:8000") == 5
 
 
+@pytest.mark.usefixtures("impatient")
+def test_what_others_go_on_without_is_never_given_up() -> None:
+    """A drop may end the watcher each time: that is no reason to stop what answers."""
+
+    class Part:
+        starts = 0
+
+        def poll(self) -> int | None:
+            return -9
+
+        def restart(self) -> None:
+            self.starts += 1
+            if self.starts == 2 * MOST_FAILURES:
+                raise Enough
+
+    with pytest.raises(Enough):
+        Supervisor({"watcher": Part()}, spare={"watcher"}).run()
+
+
 # ---- what does not want to end ----
 
 

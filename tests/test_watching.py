@@ -15,8 +15,9 @@ from google.protobuf.message import DecodeError
 
 from export import doctor, exam
 from export.__main__ import main
-from export.release import Examiner
-from export.repository import Repository
+from export.release import Examiner, verdict_of
+from export.repository import Repository, RepositoryError
+from export.steps import VERDICT
 from tests.conftest import ROOT
 from tests.test_drops import drop, names, watcher_of
 
@@ -216,3 +217,14 @@ def test_a_file_in_the_staging_folder_is_in_nobodys_way(tiny: Repository) -> Non
     watcher.look()
     watcher.look()
     assert names(events)[-1] == "published", json.dumps(events)
+
+
+def test_a_pipe_where_a_file_should_be_is_waited_for_by_nobody(tiny: Repository) -> None:
+    folder = tiny.step_folder("tiny", "classifier", 1)
+    os.mkfifo(folder / VERDICT)
+    assert verdict_of(folder) is None
+    config = tiny.root / "tiny-v1" / "config.pbtxt"
+    config.unlink()
+    os.mkfifo(config)
+    with pytest.raises(RepositoryError, match="no plain file"):
+        tiny.releases("tiny")

@@ -27,7 +27,7 @@ from typing import Self
 from triton_runtime.installation import Missing, check_port, port_from_environment
 from triton_runtime.server import Endpoint, TritonFailed, TritonServer, die_with_parent
 from triton_runtime.signals import Stopped, kill_group, unwind_on_signals, wait_for_end
-from triton_runtime.supervision import Supervisor
+from triton_runtime.supervision import Part, Supervisor
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "examples" / "parcel-damaged.jpg"
@@ -181,7 +181,8 @@ def _serve(options: argparse.Namespace) -> int:
             print(
                 f"try: curl -H 'Content-Type: image/jpeg' --data-binary @{sample} {gateway.url}/v1/predict", flush=True
             )
-            return Supervisor({"triton": triton, "gateway": gateway, "watcher": watcher}).run()
+            parts: dict[str, Part] = {"triton": triton, "gateway": gateway, "watcher": watcher}
+            return Supervisor(parts, spare={"watcher"}).run()  # what is dropped may end it; what answers goes on
 
 
 if __name__ == "__main__":

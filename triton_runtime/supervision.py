@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,10 +35,11 @@ class _History:
 
 
 class Supervisor:
-    """Looks after parts, by their names."""
+    """Looks after parts, by their names. The others go on without one that is `spare`, so it is never given up."""
 
-    def __init__(self, parts: Mapping[str, Part]) -> None:
+    def __init__(self, parts: Mapping[str, Part], spare: Collection[str] = ()) -> None:
         self._parts = {name: (part, _History()) for name, part in parts.items()}
+        self._spare = spare
 
     def run(self) -> int:
         """Until one is given up, after `MOST_FAILURES` between which it never ran for `CALM_S`: its exit status."""
@@ -53,7 +54,7 @@ class Supervisor:
             return None
         if history.due is None:
             history.failures = 1 if now - history.started >= CALM_S else history.failures + 1
-            if history.failures >= MOST_FAILURES:
+            if history.failures >= MOST_FAILURES and name not in self._spare:
                 _say(f"{name} ended by itself with status {status}, the {history.failures}th time: it is given up")
                 return status if status > 0 else 1
             history.due = now + (wait := history.backoff.wait(now))

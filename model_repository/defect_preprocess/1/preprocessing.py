@@ -135,7 +135,13 @@ _MORE_SCAN = b"".join(bytes(range(1, 250)) * 2 + bytes((0xFF, 0xD0 + i % 8)) for
 _STEP = 256
 """Bytes of a JPEG that the decoder gets at once where scans follow each other closely: 25 of them."""
 _COMPRESSION, _PARTS, _PART_SIZES, _SIDES = 259, (273, 324), (279, 325), (256, 257, 322, 323)
-_TAGS = {_COMPRESSION, *_PARTS, *_PART_SIZES, *_SIDES}
+_SMALL_TILES = 2**22
+"""Pixels that the tiles of a small picture may have together: all are decoded in one go, however far out they lie."""
+_JPEG_IN_TIFF = {6, 7}
+"""Compressions whose strips or tiles are JPEGs, of many scans perhaps."""
+_ROWS = 278
+"""Of a TIFF: rows of a strip."""
+_TAGS = {_ROWS, _COMPRESSION, *_PARTS, *_PART_SIZES, *_SIDES}
 """Of a TIFF: where strips and tiles begin, how many bytes they have; sides of the picture, and of a tile."""
 _TIFF_TYPES = {1: "u1", 3: "u2", 4: "u4", 6: "u1", 8: "u2", 9: "u4", 13: "u4", 16: "u8", 17: "u8", 18: "u8"}
 _PIECE = 2**20
@@ -473,8 +479,13 @@ def _check_parts(data: bytes) -> None:
         raise PictureError("image_too_large", "its strips or tiles overlap in the file")
     width, height, across, down = (max([total for _, total in tags.get(tag, [])], default=0) for tag in _SIDES)
     tiles = -(-width // across) * -(-height // down) if across and down else 0
-    if across * down > MAX_PIXELS or tiles * across * down > 8 * MAX_PIXELS:
+    if across * down > MAX_PIXELS or tiles * across * down > max(2 * width * height, _SMALL_TILES):
         raise PictureError("image_too_large", f"tiles of {across} x {down} for {width} x {height} pixels")
+    compressions = {total for _, total in tags.get(_COMPRESSION, [])}
+    rows = max((total for _, total in tags.get(_ROWS, [])), default=0) or height
+    part = across * down or width * min(rows, height)
+    if compressions & _JPEG_IN_TIFF and len(_likely_scans(data)) * part > MAX_SCANNED:
+        raise PictureError("image_too_large", "too many scans for its strips or tiles")
 
 
 def _tags(data: bytes) -> dict[int, list[tuple[int, int]]]:
