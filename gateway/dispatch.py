@@ -23,19 +23,20 @@ from functools import partial
 
 import grpc
 
+from contract import Manifest
 from gateway.errors import Failure
 from gateway.fleet import Fleet, Replica
 from gateway.knee import Knee
 from gateway.line import Line, Ran, Waiting
 from gateway.metrics import Metrics
-from gateway.poison import GUILTY, SUSPECT, GivenUp, Record, Records, digest_of, step_of
+from gateway.poison import GUILTY, SUSPECT, GivenUp, Record, Records, digest_of, step_of, steps_of
 from gateway.settings import Settings
 from gateway.supervision import failed
 from gateway.triton import MalformedAnswer, TritonError
 
 _ATTEMPTS = 4
-_TRIAL_S = 1.0
-"""For the golden picture before a suspect."""
+_TRIAL_S, _PUT_OFF_S = 1.0, 0.2
+"""For a golden picture before a suspect; and until the next try where it was not answered."""
 _ATTEMPTS_AT_PROCESSES = 16
 """Where one of two processes of a step died, every other call may find it dead."""
 _RETRIES_SAVED = 100.0
@@ -440,7 +441,8 @@ class Dispatcher:
         if not call.is_given_up:
             return 0.0
         lane.learn(call)
-        self._given_up.add(call.replica.url, lane.release, call.sent, [each.picture for each in call.group])
+        pictures = [each.picture for each in call.group]
+        self._given_up.add(call.replica.url, lane.release, call.sent, pictures, was_trial=call.is_trial)
         return lane.left_after_giving_up(call)
 
     def _free(self, lane: Lane, call: Call) -> None:
@@ -474,13 +476,24 @@ class Dispatcher:
             _fail(call.group[0], error)
 
     async def _is_sound(self, lane: Lane, call: Call) -> bool:
-        """Whether what a suspect is tried on answers without it; it may be going down, whatever the picture."""
+        """Whether what a suspect is tried on answers without it; it may be going down, whatever the picture.
+
+        A golden picture for each process, since Triton asks them in turns: one that is dead already must be met now, or
+        by others of late.
+        """
+        manifest, deaths = self._fleet.manifest(lane.release), call.replica.deaths
         try:
-            if call.replica.answered_golden_at(lane.release) <= call.group[0].record.marked_at:
+            if manifest is not None and deaths.were_met_of_late(steps_of(manifest)):
+                await asyncio.sleep(_PUT_OFF_S)
+                return False
+            for _ in range(call.replica.deaths.most_instances):
                 await call.replica.answer_golden(lane.release, _TRIAL_S)
             return True
         except (TritonError, MalformedAnswer) as error:
-            call.replica.suspect(lane.release, str(error))
+            if manifest is not None and isinstance(error, TritonError) and (process := error.dead_process):
+                deaths.may_be_due_to(_blamed(manifest, process), process, -math.inf)
+            call.replica.stumble(lane.release, str(error))
+            await asyncio.sleep(_PUT_OFF_S)
             return False
 
     def _mark(self, lane: Lane, call: Call, error: TritonError) -> None:
@@ -488,15 +501,18 @@ class Dispatcher:
         manifest, process, deaths = self._fleet.manifest(lane.release), error.dead_process, call.replica.deaths
         if manifest is None:
             return
-        step = step_of(manifest, process)
-        blamed = manifest.steps[step].digest if step else lane.release
+        blamed = _blamed(manifest, process)
         if process:
-            marks = SUSPECT if deaths.may_be_due_to(blamed, process, call.sent) else 0
+            # On trial it is: every process was alive just before.
+            marks = SUSPECT if deaths.may_be_due_to(blamed, process, call.sent) or call.is_trial else 0
         else:
             marks = int(error.is_broken_connection)
         if marks == SUSPECT:
-            for digest in self._given_up.take(call.replica.url, lane.release):
-                self._records.keep(digest).mark(marks)
+            for digest, was_trial in self._given_up.take(call.replica.url, lane.release):
+                record = self._records.keep(digest)
+                record.mark(marks)
+                if was_trial:
+                    record.ended.add(blamed)
         for waiting in call.group if marks else ():
             waiting.record = self._records.keep(digest_of(waiting.picture))
             waiting.record.mark(marks)
@@ -544,6 +560,12 @@ class Dispatcher:
             for replica in [replica for replica in lane.knees if replica not in there]:
                 del lane.knees[replica]  # it starts slowly, should it come back
             self._pump(lane)
+
+
+def _blamed(release: Manifest, process: str) -> str:
+    """The digest of the step that a process belongs to; the release's name where it is none of its steps."""
+    step = step_of(release, process)
+    return release.steps[step].digest if step else release.name
 
 
 def _poison(detail: str) -> Failure:

@@ -103,7 +103,6 @@ class Replica:
         """By release; the server itself has no name."""
         self._stumbles: Counter[str] = Counter()
         """By release, the dead processes that were met with since something was answered."""
-        self._golden_at: dict[str, float] = {}
         self._misses = 0
         self._away_s = settings.refresh_s
         """Until it is looked for again, while it cannot be reached."""
@@ -185,11 +184,6 @@ class Replica:
         known = self.releases.find(release)
         if known and known.manifest and known.manifest.golden and not known.reason:
             await self.triton.infer(release, [known.manifest.golden[0].image], "probe", timeout)
-        self._golden_at[release] = time.monotonic()
-
-    def answered_golden_at(self, release: str) -> float:
-        """When a golden picture was last answered after some doubt (monotonic seconds)."""
-        return self._golden_at.get(release, -math.inf)
 
     async def count_instances(self, release: str, process: str) -> None:
         """Learn how many processes the step of a release has that this one belongs to, if that is not known yet."""

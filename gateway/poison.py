@@ -1,7 +1,7 @@
 """Pictures that end the process which works on them: suspected, tried alone, refused, and remembered for a while.
 
-A picture is suspect when it was in a call that may have ended a process. It is then tried: alone, after a golden
-picture was answered there, and no two at once. Should a process die of it again, it is guilty.
+A picture is suspect when it was in a call that may have ended a process. It is then tried: alone, right after each
+process there answered a golden picture, and no two at once. Should a process die of it again, it is guilty.
 
 Triton says which process died, but says the same to the call that ended it and to each that finds it dead later. What
 tells them apart is when a call was sent, and which processes are known to be dead.
@@ -10,7 +10,6 @@ tells them apart is when a call was sent, and which processes are known to be de
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable
@@ -26,6 +25,8 @@ GUILTY = 3
 """Marks from which one that is lost with its server, on trial, is guilty."""
 _DEAD_S = 10.0
 """A process that nobody found dead for so long was replaced meanwhile."""
+_QUIET_S = 1.1
+"""A call to a dead process takes about a second to fail, so under load one is met that often."""
 _REMEMBERED_S = 600.0
 _MOST_REMEMBERED = 10_000
 _MOST_GIVEN_UP = 64
@@ -36,8 +37,6 @@ class Record:
     """What is held against a picture, over all its requests, calls and releases."""
 
     marks: int = 0
-    marked_at: float = -math.inf
-    """Last (monotonic seconds). It is tried where a golden picture was answered since then."""
     ended: set[str] = field(default_factory=set)
     """What it is guilty of having ended: steps, by their digests, or a release."""
 
@@ -49,7 +48,6 @@ class Record:
     def mark(self, marks: int) -> None:
         """It was in a call that may have ended a process or a server."""
         self.marks += marks
-        self.marked_at = time.monotonic()
 
     def acquit(self) -> None:
         """It was answered, or another one did it."""
@@ -93,19 +91,19 @@ class GivenUp:
     """The calls that were given up lately: how they ended nobody heard, and it may have been with a process."""
 
     def __init__(self) -> None:
-        self._calls: deque[tuple[str, str, float, list[bytes]]] = deque(maxlen=_MOST_GIVEN_UP)
+        self._calls: deque[tuple[str, str, float, list[tuple[bytes, bool]]]] = deque(maxlen=_MOST_GIVEN_UP)
 
-    def add(self, server: str, release: str, sent: float, pictures: Iterable[bytes]) -> None:
+    def add(self, server: str, release: str, sent: float, pictures: Iterable[bytes], *, was_trial: bool) -> None:
         """A call that was sent then (monotonic seconds) was given up just now."""
-        self._calls.append((server, release, sent, [digest_of(picture) for picture in pictures]))
+        self._calls.append((server, release, sent, [(digest_of(picture), was_trial) for picture in pictures]))
 
-    def take(self, server: str, release: str) -> list[bytes]:
-        """The digests of the pictures that a death may be due to which was met with now."""
+    def take(self, server: str, release: str) -> list[tuple[bytes, bool]]:
+        """The pictures that a death may be due to which was met with now: digests, and whether it was their trial."""
         since = time.monotonic() - _DEAD_S
         found = [call for call in self._calls if call[:2] == (server, release)]
         for call in found:
             self._calls.remove(call)
-        return [digest for *_, sent, digests in found if sent > since for digest in digests]
+        return [picture for *_, sent, pictures in found if sent > since for picture in pictures]
 
 
 class Deaths:
@@ -126,6 +124,16 @@ class Deaths:
             first = now
         dead[process] = first, now
         return sent <= first
+
+    def were_met_of_late(self, steps: Iterable[str]) -> bool:
+        """Whether a process of these steps was found dead a moment ago, so that some may be dead still."""
+        since = time.monotonic() - _QUIET_S
+        return any(last > since for step in steps for _, last in self._dead.get(step, {}).values())
+
+    @property
+    def most_instances(self) -> int:
+        """How many processes a step has, of those that lost one."""
+        return max(self.instances.values(), default=1)
 
     def answered(self, steps: Iterable[str]) -> None:
         """These steps answered. One whose processes had all died was loaded anew, so none of them is dead now."""

@@ -6,7 +6,7 @@ Knows nothing of HTTP; what goes wrong is a `Failure` with a code.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -65,8 +65,14 @@ class Asker:
     deadline: float
 
 
-async def predict(dispatcher: Dispatcher, candidates: Sequence[Candidate], picture: bytes, asker: Asker) -> Answer:
-    """Answer one picture in time, by the first candidate, or should it fail, by the second.
+async def predict(
+    dispatcher: Dispatcher,
+    candidates: Sequence[Candidate],
+    picture: bytes,
+    asker: Asker,
+    may_answer: Callable[[str], bool] = lambda _: True,
+) -> Answer:
+    """Answer one picture in time, by the first candidate, or should it fail, by the next that may answer then.
 
     Raises:
         Failure: nothing could answer, the picture cannot be used, or the answer cannot be trusted.
@@ -76,8 +82,11 @@ async def predict(dispatcher: Dispatcher, candidates: Sequence[Candidate], pictu
     except Failure as failure:
         if len(candidates) == 1 or failure.code not in _FAULTS_OF_A_RELEASE or time.monotonic() >= asker.deadline:
             raise
+        others = [candidate for candidate in candidates[1:] if may_answer(candidate.release.name)]
+        if not others:
+            raise
         passed_over = failure
-    return replace(await _ask(dispatcher, candidates[1], picture, asker), passed_over=passed_over)
+    return replace(await _ask(dispatcher, others[0], picture, asker), passed_over=passed_over)
 
 
 async def _ask(

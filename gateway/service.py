@@ -127,8 +127,13 @@ class Service:
         if picture.url is not None:
             data = await self.fetcher.fetch(picture.url, asker.deadline - asked, picture.share)
         began = time.monotonic()
-        answer = await predict(self.dispatcher, candidates, data, asker)
+        answer = await predict(self.dispatcher, candidates, data, asker, self._may_cover)
         return Judged(answer, data, picture.metadata, began, time.monotonic(), began - asked)
+
+    def _may_cover(self, release: str) -> bool:
+        """Whether a release may answer for another one now: it may have become the shadow meanwhile."""
+        shadow = self.router.in_force().shadow
+        return shadow is None or shadow.name != release
 
     async def compare(self, judged: Judged, request_id: str) -> None:
         """Run an answered request once more where it is to be compared; returns at once."""

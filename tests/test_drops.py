@@ -397,6 +397,7 @@ def test_steps_that_belong_together_are_one_release(tiny: Repository) -> None:
         folder.mkdir()
         drops.BROKEN[kind].make(folder)
     command = ["release", "--pipeline", "tiny", "--repository", str(tiny.root)]
+    command += ["--golden", str(drops.golden(tiny.root))]
     assert main([*command, "--classifier", "2"]) == 1
     assert main([*command, "--postprocess", "2"]) == 1
     assert main([*command, "--classifier", "2", "--postprocess", "2"]) == 0

@@ -84,7 +84,7 @@ def test_a_step_that_lost_a_process_is_loaded_again_once(clock: Clock) -> None:
     assert clock.look() == []
     assert clock.said == [
         "a_preprocess/1 lost process 1: it is to be loaded again",
-        "a_preprocess is loaded again, in process 3",
+        "a_preprocess/1 is loaded again, in process 3",
     ]
 
 
@@ -134,7 +134,7 @@ def test_a_step_that_cannot_be_loaded_is_tried_again_ever_later(clock: Clock) ->
         del clock.living[process(number)]  # Triton reaps one that could not load
         waits.append(int(clock.until(lambda actions: Reload(FILE) in actions)))
     assert waits == [1, 2, 4, 8, 16]
-    assert "a_preprocess could not be loaded, see Triton's log: it is to be loaded again in 1 s" in clock.said
+    assert "a_preprocess/1 could not be loaded, see Triton's log: it is to be loaded again in 1 s" in clock.said
 
 
 def test_what_nobody_needs_any_more_is_ended(clock: Clock) -> None:
@@ -173,7 +173,7 @@ def test_a_repository_that_cannot_be_written_has_the_server_started_anew_ever_la
         clock.healer.begin()
         clock.dead.clear()
     assert waits == [0, 60, 120, 240, 480, 900, 900]
-    assert "a_preprocess cannot be loaded again (Read-only file system): the server is started anew" in clock.said
+    assert "a_preprocess/1 cannot be loaded again (Read-only file system): the server is started anew" in clock.said
 
 
 def test_a_triton_that_does_not_load_it_again_is_started_anew(clock: Clock) -> None:
@@ -300,7 +300,7 @@ def test_every_step_that_loses_a_process_under_load_comes_back_and_what_is_publi
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("triton: ")]
     for step in contract.STEPS:
         assert sum(f"tiny_{step}/1 lost process" in line for line in said) == 1
-        assert sum(f"tiny_{step} is loaded again, in process" in line for line in said) == 1
+        assert sum(f"tiny_{step}/1 is loaded again, in process" in line for line in said) == 1
 
 
 def test_all_that_die_together_while_nobody_asks_come_back_and_leave_nothing(triton: TritonServer, jpeg: bytes) -> None:

