@@ -165,7 +165,7 @@ def test_a_second_ctrl_c_waits_for_nobody() -> None:
     time.sleep(1)
     assert process.poll() is None, "one alone leaves it its time"
     interrupt(process, lambda: process.poll() is not None)
-    assert process.returncode == 0
+    assert process.returncode in (0, -signal.SIGINT), "one may come when Python itself is ending"
     assert process.stdout.read() == "cleaned up\n"
     wait_for(lambda: not is_running(grandchild))
 
@@ -179,7 +179,7 @@ def test_a_second_ctrl_c_ends_a_triton_that_hangs_and_nothing_of_it_is_left(pris
     (server,) = (int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
     os.kill(server, signal.SIGSTOP)
     interrupt(process, lambda: process.poll() is not None)
-    assert process.returncode == 0
+    assert process.returncode in (0, -signal.SIGINT), "one may come when Python itself is ending"
     assert not is_running(server)
     assert list(tmp_path.iterdir()) == []
     assert not list(Path("/dev/shm").glob(f"triton_{process.pid}_*"))
