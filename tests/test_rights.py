@@ -166,6 +166,7 @@ def test_what_cannot_be_opened_is_taken_out_of_sight_and_comes_back(
     tiny: Repository, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At a cold start it would fail every release; so it fails the one that pins it."""
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow table leaves words out
     folder = drop(tiny, 2)
     watcher = watcher_of(tiny, events := [])
     watcher.look()

@@ -223,8 +223,9 @@ def test_a_pipe_where_a_file_should_be_is_waited_for_by_nobody(tiny: Repository)
     folder = tiny.step_folder("tiny", "classifier", 1)
     os.mkfifo(folder / VERDICT)
     assert verdict_of(folder) is None
-    config = tiny.root / "tiny-v1" / "config.pbtxt"
+    config = tiny.root / "tiny_classifier" / "config.pbtxt"
     config.unlink()
     os.mkfifo(config)
+    tiny.reconcile("tiny")
     with pytest.raises(RepositoryError, match="no plain file"):
-        tiny.releases("tiny")
+        tiny.size("tiny")
