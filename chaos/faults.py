@@ -16,8 +16,9 @@ import psutil
 
 from chaos.load import Ask, Known, Load, Seen
 from chaos.releases import Pair, poisoned
-from chaos.stack import Stack, send
+from chaos.stack import Stack, send, wait_for
 from contract import STEPS
+from triton_runtime.server import TritonFailed
 
 Spared = Literal["late", "untyped"]
 _CLIENTS = 48
@@ -96,13 +97,16 @@ def _is_whole(stack: Stack, known: Known, step: str, last: int) -> bool:
 
 
 def _holds(condition: Callable[[], bool], seconds: float) -> bool:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    def is_met() -> bool:
         with contextlib.suppress(psutil.Error, IndexError):  # what is looked for may go this moment
-            if condition():
-                return True
-        time.sleep(0.05)
-    return False
+            return condition()
+        return False
+
+    try:
+        wait_for(is_met, seconds)
+    except TritonFailed:
+        return False
+    return True
 
 
 # ---- releases ----

@@ -109,10 +109,6 @@ def _read(path: Path) -> pb.ModelConfig:
         raise RepositoryError(f"{path}: {error}") from None
 
 
-def _closed(place: Path, deep: bool) -> list[Path]:
-    return rights.closed(place) if deep else [place] * rights.is_closed(place)
-
-
 class Repository:
     """The folder that Triton serves."""
 
@@ -394,7 +390,7 @@ class Repository:
         problems = []
         for place, deep in self._places(pipeline):
             with contextlib.suppress(FileNotFoundError, PermissionError):  # in a closed folder, which is named
-                problems += [f"{path}: {rights.WHY}: {rights.remedy(path)}" for path in _closed(place, deep)]
+                problems += [f"{path}: {rights.WHY}: {rights.remedy(path)}" for path in rights.closed(place, deep=deep)]
         for step in contract.STEPS:
             path = self.root / contract.step_model(pipeline, step) / "config.pbtxt"
             try:

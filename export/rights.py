@@ -17,13 +17,13 @@ from pathlib import Path
 _FILE, _FOLDER = 0o444, 0o555
 
 
-def closed(place: Path) -> list[Path]:
-    """The files and folders, at `place` and below it, that others cannot read or enter.
+def closed(place: Path, *, deep: bool = True) -> list[Path]:
+    """The files and folders, at `place` and, if `deep`, below it, that others cannot read or enter.
 
     Raises:
         OSError: `place` is not there.
     """
-    return [path for path, _ in _closed(place, deep=True)]
+    return [path for path, _ in _closed(place, deep)]
 
 
 def is_closed(place: Path) -> bool:
@@ -32,7 +32,7 @@ def is_closed(place: Path) -> bool:
     Raises:
         OSError: `place` is not there.
     """
-    return any(_closed(place, deep=False))
+    return bool(closed(place, deep=False))
 
 
 def open_up(place: Path, *, deep: bool = True) -> list[Path]:

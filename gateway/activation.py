@@ -1,7 +1,6 @@
 """A release may answer only after it answered its golden pictures here, on this server, as its export recorded.
 
-Runs beside everything else. The replays are no requests of users: they appear
-in no log line and no metric.
+Runs beside everything else. The replays are no requests of users: they appear in no log line and no metric.
 """
 
 from __future__ import annotations

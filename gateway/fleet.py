@@ -412,7 +412,7 @@ class Fleet:
         for url, replica in before.items():
             if url not in found:
                 logger.info("replica gone", extra={"fields": {"replica": url}})
-                self._tasks.once("drain a replica", _drain(replica))
+                self._tasks.once("drain a replica", partial(_drain, replica))
         self._changed()
 
 

@@ -6,10 +6,10 @@ waits in a queue, and under load there are none. What is not compared is counted
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import random
 import time
+from functools import partial
 
 from contract import Manifest
 from gateway.comparison import Comparison, Comparisons
@@ -19,6 +19,7 @@ from gateway.metrics import Metrics
 from gateway.predict import Answer, Asker, Candidate, predict
 from gateway.router import Router
 from gateway.settings import Settings
+from gateway.supervision import Tasks
 
 logger = logging.getLogger("gateway.mirrors")
 
@@ -34,7 +35,7 @@ class Mirrors:
         self._comparisons = comparisons
         self._metrics = metrics
         self._settings = settings
-        self._running: set[asyncio.Task[None]] = set()
+        self._copies = Tasks()
 
     async def offer(self, answer: Answer, picture: bytes, request_id: str, in_flight: int) -> None:
         """Compare one answered request, if it is chosen and there is room; returns at once."""
@@ -51,19 +52,15 @@ class Mirrors:
         else:
             return
         comparison = self._comparisons.between(on_trial, stable.name)
-        if len(self._running) >= self._settings.mirrors or in_flight > self._settings.mirror_max_load:
+        if len(self._copies) >= self._settings.mirrors or in_flight > self._settings.mirror_max_load:
             comparison.shed += 1
             self._metrics.compared(on_trial, "shed")
             return
-        task = asyncio.create_task(self._run(comparison, answer, other, picture, request_id))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        self._copies.once("compare", partial(self._run, comparison, answer, other, picture, request_id))
 
     async def close(self) -> None:
         """Give up what is running."""
-        for task in self._running:
-            task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        await self._copies.close()
 
     async def _run(
         self, comparison: Comparison, answer: Answer, other: Manifest, picture: bytes, request_id: str

@@ -80,10 +80,8 @@ async def predict(
     try:
         return await _ask(dispatcher, candidates[0], picture, asker, has_other=len(candidates) > 1)
     except Failure as failure:
-        if len(candidates) == 1 or failure.code not in _FAULTS_OF_A_RELEASE or time.monotonic() >= asker.deadline:
-            raise
         others = [candidate for candidate in candidates[1:] if may_answer(candidate.release.name)]
-        if not others:
+        if not others or failure.code not in _FAULTS_OF_A_RELEASE or time.monotonic() >= asker.deadline:
             raise
         passed_over = failure
     return replace(await _ask(dispatcher, others[0], picture, asker), passed_over=passed_over)

@@ -1,6 +1,6 @@
 """Background tasks that nobody waits for: none of them ends unseen.
 
-What is to go on for ever goes on after an exception, too: it is logged, counted and, after a moment, tried again.
+What is to go on forever goes on after an exception, too: it is logged, counted and, after a moment, tried again.
 """
 
 from __future__ import annotations
@@ -24,16 +24,20 @@ class Tasks:
     def __init__(self) -> None:
         self._running: set[asyncio.Task[None]] = set()
 
+    def __len__(self) -> int:
+        """How many are running."""
+        return len(self._running)
+
     def repeat(self, name: str, work: Callable[[], Awaitable[bool | None]]) -> None:
         """Do `work` again and again, until it returns True."""
         self._start(_repeat(name, work))
 
-    def once(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+    def once(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         """Do `work` once."""
 
         async def run() -> None:
             try:
-                await work
+                await work()
             except Exception:
                 failed(name)
 

@@ -66,29 +66,33 @@ class Enough(Exception):
     pass
 
 
+class Restless:
+    """Ends as soon as it was started; `Enough` is raised where that was `most` times."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+
+    def poll(self) -> int | None:
+        return -9
+
+    def restart(self) -> None:
+        self._left -= 1
+        if not self._left:
+            raise Enough
+
+
 @pytest.mark.usefixtures("impatient")
 def test_a_part_that_ends_now_and_then_is_started_again_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time is the test's own: each run of the part is a calm one."""
     now = [1000.0]
     monkeypatch.setattr(supervision.time, "monotonic", lambda: now[0])
 
-    class Part:
-        starts = 0
-
-        def poll(self) -> int | None:
-            return -9
-
-        def restart(self) -> None:
-            self.starts += 1
-            if self.starts == 3 * MOST_FAILURES:
-                raise Enough
-
     def sleep(_: float) -> None:
         now[0] += supervision.CALM_S
 
     monkeypatch.setattr(supervision.time, "sleep", sleep)
     with pytest.raises(Enough):
-        Supervisor({"watcher": Part()}).run()
+        Supervisor({"watcher": Restless(3 * MOST_FAILURES)}).run()
 
 
 @pytest.mark.usefixtures("impatient")
@@ -108,19 +112,8 @@ def test_a_part_that_lacks_something_is_tried_again_and_given_up(capsys: pytest.
 def test_what_others_go_on_without_is_never_given_up() -> None:
     """A drop may end the watcher each time: that is no reason to stop what answers."""
 
-    class Part:
-        starts = 0
-
-        def poll(self) -> int | None:
-            return -9
-
-        def restart(self) -> None:
-            self.starts += 1
-            if self.starts == 2 * MOST_FAILURES:
-                raise Enough
-
     with pytest.raises(Enough):
-        Supervisor({"watcher": Part()}, spare={"watcher"}).run()
+        Supervisor({"watcher": Restless(2 * MOST_FAILURES)}, spare={"watcher"}).run()
 
 
 # ---- what does not want to end ----

@@ -2,8 +2,8 @@
 
 Pure: `Healer` is told what there is and what time it is, and says what to do. `TritonServer` does it.
 
-Triton 24.10 starts no process in place of one that died. But where a file of one of its versions gets a later date, it
-loads a model again, with new processes, and goes on answering with what is left of the old ones meanwhile. What it
+Triton 24.10 starts no process in place of one that died. But where a file of a version gets a later date, it loads that
+version again, with new processes, and goes on answering with what is left of the old ones meanwhile. What it
 cannot do is unload a model in which a request failed that way: the dead process stays a zombie, its shared memory
 stays, and so do its living siblings, which are killed here once nobody needs them. Each version is looked after on its
 own: only the one whose file got the date is loaded again.
@@ -64,7 +64,7 @@ Action = Say | Reload | Kill | Restart
 
 @dataclass
 class _Step:
-    """A model that lost a process: when it is due to be loaded again, or since when its new processes are awaited."""
+    """A version that lost a process: when it is due to be loaded again, or since when its new processes are awaited."""
 
     backoff: Backoff = field(default_factory=lambda: Backoff(first=1, most=60, calm=300))
     due: float | None = None
