@@ -109,7 +109,7 @@ BAD_REQUESTS: dict[str, tuple[str, dict[str, str], bytes]] = {
         BOUNDARY,
         part("image_url", b"https://x.test/", "url.txt") + b"--x--\r\n",
     ),
-    "a form cut off": ("invalid_request", BOUNDARY, part("image", b"x", "p.jpg")[:30]),
+    "a form cut off": ("invalid_multipart", BOUNDARY, part("image", b"x", "p.jpg")[:30]),
     "a form without image": ("invalid_request", BOUNDARY, part("metadata", b"{}") + b"--x--\r\n"),
     "an image that is no file": ("invalid_request", BOUNDARY, part("image", b"x") + b"--x--\r\n"),
     "an unknown part": ("invalid_request", BOUNDARY, part("picture", b"x", "p.jpg") + b"--x--\r\n"),
