@@ -51,6 +51,12 @@ class Routing(Table):
             raise ValueError(f"stable must be {LATEST!r} or the name of a release, such as defect-v1")
         return self
 
+    @model_validator(mode="after")
+    def _shadow_is_no_canary(self) -> Self:
+        if self.canary and self.shadow and self.canary.release == self.shadow.release:
+            raise ValueError(f"{self.shadow.release} is canary and shadow: a shadow never answers, a canary does")
+        return self
+
     @property
     def on_trial(self) -> set[str]:
         """The canary and the shadow: "latest" is none of them, it would answer everything before its trial began."""

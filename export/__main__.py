@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -59,8 +61,23 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Export and publish; 0 when the release is complete, 1 when it was refused (the reason is on stderr)."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run the command, or export and publish; 0 when it is done, 1 when it was refused (the reason is on stderr)."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # it was closed
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need be no text
+    try:
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+        return code
+    except OSError as error:  # what goes wrong with a repository is told by each command
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes what is left of it
+        if not isinstance(error, BrokenPipeError):  # whoever reads has read enough: `status | head`
+            print(f"export: cannot write what there is to say: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
     commands = {
         "diff": diff.main,
         "doctor": doctor.main,

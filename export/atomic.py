@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from tempfile import mkdtemp
 
 from export import rights
 
@@ -23,6 +23,7 @@ class Staging:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._numbers = itertools.count()
 
     @classmethod
     @contextlib.contextmanager
@@ -44,7 +45,7 @@ class Staging:
 
     def write_file(self, target: Path, content: bytes, *, later_than_ns: int = 0) -> None:
         """Create or replace one file, dated now or, if that is later, just after `later_than_ns`."""
-        staged = Path(mkdtemp(dir=self.folder)) / target.name
+        staged = self._place() / target.name
         _write(staged, content)
         if staged.stat().st_mtime_ns <= later_than_ns:
             os.utime(staged, ns=(later_than_ns + 1_000_000_000,) * 2)
@@ -58,7 +59,7 @@ class Staging:
         Raises:
             OSError: `target` exists and is not empty.
         """
-        staged = Path(mkdtemp(dir=self.folder)) / target.name
+        staged = self._place() / target.name
         _make(staged)
         for name, content in files.items():
             path = staged / name
@@ -72,8 +73,14 @@ class Staging:
 
     def remove_folder(self, target: Path) -> None:
         """Remove a folder and what is in it."""
-        os.rename(target, Path(mkdtemp(dir=self.folder)) / target.name)
+        os.rename(target, self._place() / target.name)
         _flush(target.parent)
+
+    def _place(self) -> Path:
+        """A new folder in this one. Numbered: an error that names it says the same each time it is met."""
+        place = self.folder / str(next(self._numbers))
+        place.mkdir()
+        return place
 
 
 def _empty(folder: Path) -> None:

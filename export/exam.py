@@ -30,6 +30,7 @@ GOLDEN = ROOT / "golden"
 """The pictures that every exam begins with."""
 
 _CLOCK_SLACK_S = 60
+_MOST_DEATHS = 3
 _MOST_DETAIL = 2000
 """Characters of a cause that a verdict keeps."""
 _FORCIBLE = {"agreement", "accuracy", "cost"}
@@ -53,7 +54,7 @@ class Verdict(BaseModel):
     """The outcome of an exam, and the content of a refused drop's verdict file.
 
     `seen` is the state of the folders that were judged; a drop that changed since is examined again. `evaluation` are
-    the figures that were measured.
+    the figures that were measured. `deaths` counts the examiners in a row that did not live to write a verdict.
     """
 
     passed: bool
@@ -62,6 +63,20 @@ class Verdict(BaseModel):
     checks: list[Check]
     evaluation: dict[str, Any] = {}
     seen: str = ""
+    deaths: int = 0
+
+    @classmethod
+    def beforehand(cls, seen: str, last: Verdict | None) -> Verdict:
+        """What holds if this examiner dies in the exam that it begins now. `last` is the verdict that lies there."""
+        deaths = last.deaths + 1 if last and last.seen == seen else 1
+        times = "once" if deaths == 1 else f"{deaths} times"
+        detail = f"the examiner itself died in this exam, {times}: change the drop, or remove {VERDICT} to try again"
+        return cls(passed=False, checks=[Check(name="exam", passed=False, detail=detail)], seen=seen, deaths=deaths)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an examiner should try again: machines are restarted, but a drop may kill whoever examines it."""
+        return 0 < self.deaths < _MOST_DEATHS
 
     @property
     def cause(self) -> str:
@@ -152,6 +167,8 @@ def files_problem(step: str, folder: Path) -> str:
             return f"{place}: {rights.WHY}: {rights.remedy(folder)}"
         paths = [path for path in folder.iterdir() if not is_hidden(path.name)]
         for path in paths:
+            if not _is_text(path.name):
+                return f"{place} holds a file whose name is no text (UTF-8): {os.fsencode(path.name)!r}"
             if path.is_symlink():
                 return f"{place}/{path.name} is a link to {os.readlink(path)}: copy what it stands for"
             if not path.is_file():
@@ -177,6 +194,14 @@ def files_problem(step: str, folder: Path) -> str:
     except OSError as error:
         return f"{place} cannot be read: {error.strerror}"
     return ""
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def state_of(folder: Path) -> str:

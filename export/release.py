@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,15 +117,18 @@ class Examiner:
             with suppress(OSError):  # the exam says what cannot be read
                 rights.open_up(folder)
         seen = {step: exam.state_of(folder) for step, folder in folders.items()}
+        for step, folder in folders.items():
+            write_verdict(self.repository, folder, Verdict.beforehand(seen[step], verdict_of(folder)))
         try:
             published = until_current(lambda: self._release_drop(pipeline, numbers, report), report)
         except Refused as refusal:
             for step, folder in folders.items():
                 write_verdict(self.repository, folder, refusal.verdict.model_copy(update={"seen": seen[step]}))
             raise
-        for folder in folders.values():
-            with suppress(OSError):
-                (folder / VERDICT).unlink(missing_ok=True)
+        except BaseException:  # no verdict on the drop
+            _remove_verdicts(folders.values())
+            raise
+        _remove_verdicts(folders.values())
         return published
 
     def _release_drop(self, pipeline: str, numbers: Mapping[str, int], report: Report) -> Published:
@@ -195,6 +198,12 @@ def write_verdict(repository: Repository, folder: Path, verdict: Verdict) -> Non
         return
     with suppress(OSError), Staging.beside(repository.root) as staging:
         staging.write_file(folder / VERDICT, (json.dumps(verdict.model_dump(), indent=2) + "\n").encode())
+
+
+def _remove_verdicts(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            (folder / VERDICT).unlink(missing_ok=True)
 
 
 def verdict_of(folder: Path) -> Verdict | None:

@@ -53,7 +53,9 @@ def unpinned(repository: Repository, pipeline: str) -> dict[Path, str]:
             folder = repository.step_folder(pipeline, step, version)
             if owners:
                 found[folder] = f"of {', '.join(owners)}, retired"
-            elif verdict := releasing.verdict_of(folder):
+            elif (verdict := releasing.verdict_of(folder)) and verdict.is_open:
+                found[folder] = f"dropped, in an exam since {verdict.at}"
+            elif verdict:
                 found[folder] = f"refused at {verdict.at}: {verdict.cause}"
             else:
                 found[folder] = "dropped, not examined"

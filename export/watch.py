@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import NoReturn
 
 import contract
 from export import exam, release, rights
@@ -66,6 +67,7 @@ class Watcher:
         self._judged: dict[Drop, str] = {}
         self._strays: set[Path] = set()
         self._troubles: dict[str, str] = {}
+        self._is_stopped = False
 
     @property
     def repository(self) -> Repository:
@@ -73,10 +75,18 @@ class Watcher:
         return self.examiner.repository
 
     def follow(self, seconds: float) -> None:
-        """Look for ever."""
-        while True:
+        """Look again and again, until it is told to stop."""
+        while not self._is_stopped:
             self.look()
             time.sleep(seconds)
+
+    def stop(self, *_: object) -> NoReturn:
+        """Handle a signal: unwind, so that an exam in progress ends too.
+
+        What is raised may land where exceptions are dropped, as in a destructor; then the loop ends nevertheless.
+        """
+        self._is_stopped = True
+        raise KeyboardInterrupt
 
     def look(self) -> None:
         """Look once: repair, then examine every drop that has settled.
@@ -155,7 +165,9 @@ class Watcher:
             return False
         if drop not in self._seen or self._seen[drop][0] != state:
             verdict = release.verdict_of(folder)
-            if verdict and verdict.seen == state:  # refused before a restart, and not changed since
+            if verdict and verdict.seen == state and not verdict.is_open:  # since before a restart
+                if verdict.deaths:  # nobody lived to say it
+                    self._event("refused", drop=drop.name, cause=verdict.cause)
                 self._judged[drop] = state
                 self._seen[drop] = (state, now)
                 return False
@@ -237,7 +249,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"watch: there is no {options.repository}", file=sys.stderr)
         return 1
     watcher = Watcher(examiner, options.settle_s, lambda line: print(line, flush=True))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # unwind, so that an exam in progress ends too
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, watcher.stop)
     with contextlib.suppress(KeyboardInterrupt):
         try:
             watcher.follow(options.every_s)

@@ -20,7 +20,7 @@ from gateway.errors import Failure
 from gateway.memory import Share
 from gateway.schemas import MAX_VALUE
 
-_IMAGE = re.compile(rb'"image"[ \t\r\n]{0,64}:[ \t\r\n]{0,64}"')
+_IMAGE = re.compile(rb'"image"[ \t\r\n]*+:[ \t\r\n]*+"')
 """Where the text of a picture begins. In JSON its last quote begins a string, whatever the first one is."""
 _LONG, _LONG_ESCAPED = 4 * MAX_VALUE, 12 * MAX_VALUE
 """No value of the metadata, which may have a key "image", too, is as many bytes: plain, and with escapes."""

@@ -342,7 +342,12 @@ def test_a_picture_is_the_same_however_its_base64_is_written() -> None:
             plain.replace(b"+", b"\\u002b").replace(b"=", b"\\u003D"),
             b"".join(b"\\u%04x" % byte for byte in plain),
         ):
-            for form in (b'{"image":"%b"}', b'{ "image"\n:\t "%b" , "image_2": ""}', b'{"image_2": "", "image": "%b"}'):
+            for form in (
+                b'{"image":"%b"}',
+                b'{ "image"\n:\t "%b" , "image_2": ""}',
+                b'{"image_2": "", "image": "%b"}',
+                b'{"image"' + b" " * 200 + b":" + b"\r\n" * 200 + b'"%b"}',
+            ):
                 assert _decoded(form % text)["image"] == picture
 
 

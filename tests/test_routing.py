@@ -229,6 +229,7 @@ def test_a_pin_must_be_one(routed: Routed, jpeg: bytes) -> None:
         ('stable = "fruit-v1"', "fruit-v1 is no release of the pipeline defect"),
         (canary(120), "percent"),
         ("[canary]\npercent = 5", "release"),
+        (canary(5) + '[shadow]\nrelease = "defect-v2"\n', "defect-v2 is canary and shadow"),
         (f"x = {'[' * 5000}", ""),
     ],
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from export.release import Examiner, verdict_of
 from export.repository import Repository, RepositoryError
 from export.steps import VERDICT
 from tests.conftest import ROOT
+from tests.drops import python_step
 from tests.test_drops import drop, names, watcher_of
 
 
@@ -229,3 +232,63 @@ def test_a_pipe_where_a_file_should_be_is_waited_for_by_nobody(tiny: Repository)
     tiny.reconcile("tiny")
     with pytest.raises(RepositoryError, match="no plain file"):
         tiny.size("tiny")
+
+
+def test_a_name_that_is_no_text_is_refused(tiny: Repository) -> None:
+    folder = drop(tiny, 2)
+    (folder / os.fsdecode(b"weights-\xff.bin")).write_bytes(b"x")
+    watcher = watcher_of(tiny, events := [])
+    watcher.look()
+    watcher.look()
+    assert names(events)[-1] == "refused", json.dumps(events)
+    assert r"weights-\xff.bin" in events[-1]["cause"]
+
+
+def test_a_drop_that_kills_its_examiner_is_given_up_and_the_others_are_published(tiny: Repository) -> None:
+    folder = tiny.step_folder("tiny", "preprocess", 2)
+    folder.mkdir()
+    kill = "\nimport os, signal\nos.kill(os.getppid(), signal.SIGKILL)\n"
+    python_step("preprocess", {"model.py": lambda text: text + kill})(folder)
+    drop(tiny, 2)  # looked at later
+    command = [sys.executable, "-m", "export", "watch", "--repository", str(tiny.root), "--settle-s", "0"]
+    for _ in range(3):
+        assert verdict_of(folder) is None or verdict_of(folder).is_open
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+    watcher = watcher_of(tiny, events := [])
+    watcher.look()
+    watcher.look()
+    (refused,) = (event for event in events if event["event"] == "refused")
+    assert refused["drop"] == "tiny_preprocess/2"
+    assert "died in this exam, 3 times" in refused["cause"]
+    assert names(events)[-1] == "published"
+    (folder / "model.py").write_text((folder / "model.py").read_text().removesuffix(kill) + "\n# mended\n")
+    watcher.look()
+    watcher.look()
+    assert names(events)[-1] == "published", json.dumps(events)
+    assert verdict_of(folder) is None
+
+
+def test_what_stopped_an_exam_and_was_no_verdict_leaves_none(tiny: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = drop(tiny, 2)
+
+    def stopped(*_: object, **__: object) -> None:
+        assert verdict_of(folder).is_open
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exam, "examine", stopped)
+    watcher = watcher_of(tiny, [])
+    with pytest.raises(KeyboardInterrupt):
+        watcher.look()
+    assert verdict_of(folder) is None
+
+
+def test_a_signal_that_is_lost_on_its_way_ends_it_nevertheless(tiny: Repository) -> None:
+    watcher = watcher_of(tiny, [])
+
+    def look() -> None:
+        with contextlib.suppress(KeyboardInterrupt):  # as Python does in a destructor
+            watcher.stop()
+
+    watcher.look = look
+    watcher.follow(0)
