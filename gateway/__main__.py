@@ -15,6 +15,7 @@ from gateway import __version__, logs
 from gateway.access import require_safe
 from gateway.app import create_app
 from gateway.connection import bounded, reserve_files
+from gateway.draining import Draining, Server
 from gateway.keys import ApiKeys
 from gateway.metrics import Metrics
 from gateway.settings import Settings
@@ -50,12 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
         reserve_files(settings)
     except ValueError as error:
         raise SystemExit(f"gateway: {error}") from None
-    metrics = Metrics()
+    metrics, draining = Metrics(), Draining()
     config = uvicorn.Config(
-        create_app(settings, metrics, keys),
+        create_app(settings, metrics, keys, draining),
         host=settings.host,
         port=settings.port,
-        http=bounded(settings, metrics),
+        http=bounded(settings, metrics, draining),
         ws="none",
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     # What is there now stays: the garbage collector need not look at it over and over.
     gc.collect()
     gc.freeze()
-    server = uvicorn.Server(config)
+    server = Server(config, draining, settings.drain_s)
 
     def stop(*_: object) -> None:
         """Before uvicorn takes the signals over, and once it has shut down, when it raises them once more."""

@@ -22,6 +22,7 @@ from starlette.routing import Match
 from gateway import budget, pages, schemas, views
 from gateway.access import OPENAPI_SCHEMES, OPENAPI_SECURITY, Access
 from gateway.direct import Direct
+from gateway.draining import Draining
 from gateway.errors import PROBLEMS, Failure, Problem, codes_of, openapi_responses
 from gateway.ingest import (
     OPENAPI_BATCH_BODY,
@@ -47,10 +48,15 @@ _JUDGE = codes_of("admission", "fetch", "route", "preprocess", "infer", "verify"
 _ACCESS = codes_of("access")
 
 
-def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    metrics: Metrics | None = None,
+    keys: ApiKeys | None = None,
+    draining: Draining | None = None,
+) -> FastAPI:
     """The application for these settings; nothing is connected before its lifespan starts.
 
-    Without `keys`, those of the settings.
+    Without `keys`, those of the settings. It is not ready once `draining` has begun.
     """
     service: Service
     metrics, keys = metrics or Metrics(), keys or ApiKeys.of(settings)
@@ -202,11 +208,13 @@ def create_app(settings: Settings, metrics: Metrics | None = None, keys: ApiKeys
     @app.get(
         "/health/ready",
         summary="Would a prediction be answered now?",
-        responses=openapi_responses("triton_unavailable", "no_release"),
+        responses=openapi_responses("shutting_down", "triton_unavailable", "no_release"),
         operation_id="ready",
     )
     @app.get("/health", include_in_schema=False)
     async def ready() -> schemas.Health:
+        if draining and draining.has_begun:
+            raise Failure("shutting_down", "requests are still answered; send new ones elsewhere")
         release = await service.ready()
         return schemas.Health(model_version=release.name, triton=service.releases.triton_version)
 

@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from gateway.access import is_open
 from gateway.budget import DEPARTURE, Departure
+from gateway.draining import Draining
 from gateway.errors import Failure
 from gateway.metrics import Metrics
 from gateway.middleware import REFUSAL
@@ -45,9 +46,10 @@ MAX_AHEAD = 100
 _UNREADABLE = "it cannot be read as HTTP/1.1"
 
 
-def bounded(settings: Settings, metrics: Metrics) -> type[asyncio.Protocol]:
+def bounded(settings: Settings, metrics: Metrics, draining: Draining) -> type[asyncio.Protocol]:
     """The class that uvicorn makes one of for each connection."""
-    return type("BoundedConnection", (Connection,), {"settings": settings, "metrics": metrics})
+    attributes = {"settings": settings, "metrics": metrics, "draining": draining}
+    return type("BoundedConnection", (Connection,), attributes)
 
 
 def reserve_files(settings: Settings) -> None:
@@ -98,6 +100,7 @@ class Connection(HttpToolsProtocol):
 
     settings: Settings
     metrics: Metrics
+    draining: Draining
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -183,6 +186,8 @@ class Connection(HttpToolsProtocol):
             refusal = _too_long(self.url)
         self.url = self.url[:MAX_TARGET]
         super().on_headers_complete()
+        if self.draining.has_begun:
+            self.cycle.keep_alive = False  # with which the answer says `Connection: close`
         path, root = self.scope["path"], self.settings.root_path
         if root and path.startswith(f"{root}/"):
             self.scope["path"] = path[len(root) :]

@@ -107,8 +107,10 @@ class Settings(BaseSettings):
     """How often Triton is asked which releases it has."""
     probe_timeout_s: Seconds = 1.0
     """Time for one health or inventory question to Triton."""
+    drain_s: float = Field(default=0.0, ge=0, le=3600)
+    """After a signal, time in which the gateway says that it is not ready, and still takes requests."""
     grace_s: Seconds = 30.0
-    """Time for requests in flight when the gateway is stopped."""
+    """Time for requests in flight when the gateway is stopped, after draining."""
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
     """Least severe log lines that are written."""
 

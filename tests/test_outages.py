@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -94,6 +95,41 @@ def test_stopping_finishes_what_was_admitted(triton: Endpoint, jpeg: bytes, tmp_
                 statuses.append(0)  # had not been admitted: the connection was closed before it was sent
         assert set(statuses) <= {200, 0}
         assert 200 in statuses
+        assert gateway.process.wait(40) == 0
+
+
+def test_draining_answers_until_everybody_knows(triton: Endpoint, jpeg: bytes, tmp_path: Path) -> None:
+    """Clients that go elsewhere once they see that it is not ready do not notice the end, with open connections or new."""
+    gateway = GatewayProcess(triton, tmp_path / "log", deadline_s=60, drain_s=300)
+    with gateway, ThreadPoolExecutor(8) as pool:
+        wait_for(gateway.is_ready)
+        sent_away, ending = threading.Event(), threading.Event()
+
+        def ask(_: int) -> list[httpx.Response]:
+            """Until it is seen, somewhere, that the gateway is not ready, and twice after that."""
+            answers = []
+            with httpx.Client(base_url=gateway.url, timeout=60) as client:
+                while not sent_away.is_set():
+                    answers.append(client.post("/v1/predict", content=jpeg, headers=IMAGE))
+                for _ in range(2):
+                    answers.append(client.post("/v1/predict", content=jpeg, headers=IMAGE))
+                ending.wait(60)
+            return answers
+
+        asking = [pool.submit(ask, number) for number in range(8)]
+        gateway.process.terminate()
+        wait_for(lambda: httpx.get(f"{gateway.url}/health/ready").status_code == 503)
+        refusal = httpx.get(f"{gateway.url}/health/ready")
+        sent_away.set()
+        assert_problem(refusal, "shutting_down")
+        assert refusal.headers["connection"] == "close"
+        assert httpx.get(f"{gateway.url}/health/live").status_code == 200
+        wait_for(lambda: "draining" in gateway.log.read_text())
+        ending.set()
+        answers = [future.result() for future in asking]
+        assert {answer.status_code for each in answers for answer in each} == {200}
+        assert all(each[-1].headers.get("connection") == "close" for each in answers)
+        gateway.process.terminate()  # nobody is left: a second signal ends it now
         assert gateway.process.wait(40) == 0
 
 

@@ -118,7 +118,7 @@ class Gateway(Child):
             environment["GATEWAY_API_KEYS"] = f"{keys},serve:{hashlib.sha256(key.encode()).hexdigest()}"
         grace = 30.0
         with contextlib.suppress(ValueError):  # the gateway says what is wrong with it
-            grace = float(os.environ.get("GATEWAY_GRACE_S", grace))
+            grace = float(os.environ.get("GATEWAY_GRACE_S", grace)) + float(os.environ.get("GATEWAY_DRAIN_S", 0))
         super().__init__("gateway", environment=environment, stdout=stdout, grace_seconds=grace + 5)
         scheme = "https" if os.environ.get("GATEWAY_TLS_CERTIFICATE") else "http"
         self.url = f"{scheme}://{address}:{port}"
