@@ -23,8 +23,8 @@ $(VENV)/.installed: requirements/dev.lock
 serve: setup ## Run Triton and the gateway; Ctrl-C stops both
 	@$(RUN) -m triton_runtime.stack
 
-rollback: setup ## Have the release before the stable one answer again
-	@$(RUN) -m gateway.rollback
+rollback: setup ## End the canary, or go back to the release before the stable one, or to TO=name; FORWARD=1 undoes it
+	@$(RUN) -m gateway.rollback $(if $(TO),--to $(TO)) $(if $(FORWARD),--forward)
 
 test: setup export perf-tools ## Run all tests, WORKERS=2 at a time but for those that want the machine to themselves
 	$(RUN) -m pytest -m 'not alone' -n $(WORKERS) --dist loadfile --no-loadscope-reorder

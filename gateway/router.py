@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from gateway.errors import Failure
 from gateway.predict import Candidate
 from gateway.routing import RoutingFile
 from gateway.schemas import Metadata, Role
+
+logger = logging.getLogger("gateway.routing")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Router:
         self._from: tuple[Routing, list[Manifest]] | None = None
         """What `_in_force` was made from: most requests find it as it was."""
         self._in_force: InForce
+        self._warned = ""
 
     def in_force(self) -> InForce:
         """The roles, as they can be filled now."""
@@ -59,7 +63,7 @@ class Router:
         able = [release for release in active if release.name != shadow]
         proven = (release for release in able if release.name not in routing.on_trial)
         latest = next(proven, able[0] if able else None)
-        stable = latest if routing.stable == LATEST else by_name.get(routing.stable, latest)
+        stable = latest if routing.stable == LATEST else by_name.get(routing.stable) or _before(routing, able) or latest
         warnings = []
         if stable and routing.stable not in (LATEST, stable.name):
             warnings.append(f"stable {routing.stable} is not active: {stable.name} answers")
@@ -73,11 +77,18 @@ class Router:
             elif rule and trials[role] is stable:
                 trials[role] = None
                 warnings.append(f"{role} {rule.release} is also the stable release")
+        warning = "; ".join(warnings)
+        if warning != self._warned and (active or self._warned):
+            self._warned = warning
+            if warning:
+                logger.warning("routing cannot be met", extra={"fields": {"warning": warning}})
+            else:
+                logger.info("routing is met")
         canary = trials["canary"]
         # Should stable fail: what answered before it, and only then what is newer.
         others = [release for release in able if release not in (stable, canary)]
         others.sort(key=lambda each: (stable is not None and each.number < stable.number, each.number), reverse=True)
-        return InForce(stable, canary, trials["shadow"], tuple(others), "; ".join(warnings))
+        return InForce(stable, canary, trials["shadow"], tuple(others), warning)
 
     def stable(self) -> Manifest:
         """The release that answers what is neither pinned nor the canary's.
@@ -133,6 +144,13 @@ class Router:
         if self._releases.triton_version is None:
             return Failure("triton_unavailable", "Triton has not been reached yet")
         return Failure("no_release", f"no release of {self._releases.pipeline} may answer: /version says why")
+
+
+def _before(routing: Routing, able: list[Manifest]) -> Manifest | None:
+    """The newest release before the stable one that is named and not there: what is newer may be why that was named."""
+    parsed = parse_release_name(routing.stable)
+    proven = (release for release in able if release.name not in routing.on_trial)
+    return next((release for release in proven if parsed and release.number < parsed[1]), None)
 
 
 def draw(key: str | None) -> float:

@@ -99,7 +99,7 @@ def test_stopping_finishes_what_was_admitted(triton: Endpoint, jpeg: bytes, tmp_
 
 
 def test_draining_answers_until_everybody_knows(triton: Endpoint, jpeg: bytes, tmp_path: Path) -> None:
-    """Clients that go elsewhere once they see that it is not ready do not notice the end, with open connections or new."""
+    """Clients that go elsewhere once they see that it is not ready do not notice the end."""
     gateway = GatewayProcess(triton, tmp_path / "log", deadline_s=60, drain_s=300)
     with gateway, ThreadPoolExecutor(8) as pool:
         wait_for(gateway.is_ready)

@@ -13,7 +13,7 @@ import pytest
 from export.exam import Rules
 from export.release import Examiner
 from export.repository import Repository
-from gateway.rollback import roll_back
+from gateway.rollback import Gateway, roll_back
 from tests import drops
 from tests.conftest import EXAMPLES, GatewayProcess, free_endpoint, wait_for
 from tests.offline import Offline
@@ -163,7 +163,7 @@ def test_twenty_cycles_without_a_failed_request_or_a_wrong_name(tiny: Repository
             route(f'stable = "{new}"\n')
             wait_for_answers(new, "stable", 10)
 
-            roll_back(None, routing, stack.url)
+            roll_back(None, routing, [Gateway.at(stack.url, None)])
             before = answered_by(new, "stable")
             load.wait_for_more(CONNECTIONS + 20)
             # What was in flight at the moment of the rollback may still come back.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any, cast
 
 import httpx
 import pytest
+import trustme
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.catalogue import Catalogue
@@ -291,6 +293,8 @@ def test_no_file_at_the_start_means_the_latest(pair_triton: Endpoint, tmp_path: 
         (ON_V1 + '[shadow]\nrelease = "defect-v2"\n', (1, 2), "v1 stable"),
         (ON_V1 + '[shadow]\nrelease = "defect-v3"\n', (2, 3), "v2 stable"),
         (ON_V1 + '[shadow]\nrelease = "defect-v3"\n', (1, 2, 3), "v1 stable, v2 fallback"),
+        ('stable = "defect-v3"\n', (1, 2, 4), "v2 stable, v1 fallback, v4 fallback"),
+        ('stable = "defect-v3"\n', (4, 5), "v5 stable, v4 fallback"),
         ('[shadow]\nrelease = "defect-v1"\n', (1, 2), "v2 stable"),
         ('[canary]\nrelease = "defect-v2"\npercent = 0\n[shadow]\nrelease = "defect-v1"\n', (1, 2), "v2 stable"),
         ('[canary]\nrelease = "defect-v2"\npercent = 100\n[shadow]\nrelease = "defect-v3"\n', (1, 2, 3),
@@ -350,14 +354,85 @@ def test_a_rollback_takes_effect_within_two_seconds(routed: Routed, jpeg: bytes)
         assert kept in edited
     assert "canary" not in edited
     assert routed.file.stat().st_mode & 0o777 == 0o640
-    assert [path.name for path in routed.file.parent.iterdir() if "routing" in path.name] == ["routing.toml"]
+    left = {path.name for path in routed.file.parent.iterdir() if "routing" in path.name}
+    assert left == {"routing.toml", ".routing.toml.before-defect-v1"}
 
     again = rollback(*to_files(routed))
     assert again.returncode == 1
     assert again.stderr == "rollback: nothing to roll back to: no active release is older than defect-v1\n"
-    forward = rollback("--to", "defect-v2", *to_files(routed))
-    assert forward.returncode == 0
+    forward = rollback("--forward", *to_files(routed))
+    assert forward.stdout.startswith("defect-v2 answers, defect-v7 is the canary, "), forward.stderr
+    assert routed.file.read_text() == text
+    assert routed.file.stat().st_mode & 0o777 == 0o640
     assert routed.ask(jpeg)["model_version"] == "defect-v2"
+    twice = rollback("--forward", *to_files(routed))
+    assert twice.returncode == 1
+    assert twice.stderr.startswith(f"rollback: there is no rollback of {routed.file} to take back")
+
+
+def test_a_rollback_ends_the_canary_first(routed: Routed, jpeg: bytes) -> None:
+    routed.put(canary(100))
+    assert routed.ask(jpeg)["route"] == "canary"
+    run = rollback(*to_files(routed))
+    assert run.stdout.startswith("defect-v2 was the canary and gets no more requests, defect-v1 answers, "), run.stderr
+    assert routed.ask(jpeg)["model_version"] == "defect-v1"
+    assert rollback("--forward", *to_files(routed)).returncode == 0
+    assert routed.ask(jpeg)["route"] == "canary"
+    assert rollback(*to_files(routed)).returncode == 0
+    for text in (f"# mine\n{ON_V1}", LATEST):
+        routed.write(text, lambda routing, text=text: routing["stable"] in text)
+        assert rollback("--forward", *to_files(routed)).returncode == 1, "it was edited since"
+        assert routed.file.read_text() == text
+
+
+def test_a_rollback_of_the_latest_ends_its_canary_for_good(routed: Routed, jpeg: bytes) -> None:
+    """As `latest` it would become the stable release otherwise."""
+    routed.put(LATEST + '[canary]\nrelease = "defect-v2"\npercent = 50\n')
+    assert rollback(*to_files(routed)).returncode == 0
+    assert {routed.ask(jpeg)["model_version"] for _ in range(5)} == {"defect-v1"}
+    assert routed.file.read_text() == ON_V1.rstrip("\n") + "\n"
+
+
+def test_a_rollback_asks_every_gateway(routed: Routed, pair_triton: Endpoint, tmp_path: Path) -> None:
+    others = [GatewayProcess(pair_triton, tmp_path / name, routing=routed.file) for name in ("a", "b")]
+    urls = [argument for gateway in (*others, routed.gateway) for argument in ("--gateway", gateway.url)]
+    with others[0], others[1]:
+        for gateway in others:
+            wait_for(gateway.is_ready)
+        run = rollback("--file", routed.file, *urls)
+        assert run.returncode == 0, run.stderr
+        for gateway in (*others, routed.gateway):
+            assert httpx.get(f"{gateway.url}/version").json()["pipeline"]["stable"] == "defect-v1"
+    run = rollback("--file", routed.file, "--gateway", routed.gateway.url, "--gateway", others[0].url, "--forward")
+    assert run.returncode == 1
+    assert f"not everybody confirmed it: the gateway at {others[0].url} cannot be asked" in run.stderr
+
+
+def test_a_rollback_finds_a_gateway_with_tls_by_its_settings(pair_triton: Endpoint, tmp_path: Path) -> None:
+    """Also where its certificate is signed by somebody unknown here, for another name."""
+    certificate, file = tmp_path / "gateway.pem", tmp_path / "routing.toml"
+    issued = trustme.CA().issue_cert("gateway.example")
+    certificate.write_bytes(issued.private_key_pem.bytes() + issued.cert_chain_pems[0].bytes())
+    gateway = GatewayProcess(pair_triton, tmp_path / "log", tls_certificate=certificate, routing=file, host="0.0.0.0",
+                             allow_anonymous=True)  # fmt: skip
+    try:
+        url = f"https://127.0.0.1:{gateway.port}"
+        wait_for(lambda: httpx.get(f"{url}/health/ready", verify=False).status_code == 200)
+        wait_for(lambda: httpx.get(f"{url}/version", verify=False).json()["pipeline"]["stable"] == "defect-v2")
+        settings = {"TLS_CERTIFICATE": certificate, "HOST": "0.0.0.0", "PORT": gateway.port, "ROUTING": file}
+        environment = {f"GATEWAY_{name}": str(value) for name, value in settings.items()}
+        command = [sys.executable, "-m", "gateway.rollback"]
+        run = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+        )
+        assert run.stdout.startswith("defect-v1 answers instead of defect-v2"), run.stderr
+        other = tmp_path / "other.pem"
+        other.write_bytes(trustme.CA().cert_pem.bytes())
+        for trusted in ((), ("--cacert", other)):
+            run = rollback("--file", file, "--gateway", url, *trusted)
+            assert "CERTIFICATE_VERIFY_FAILED" in run.stderr, "elsewhere, whoever answers has to be who it should be"
+    finally:
+        gateway.__exit__()
 
 
 def test_a_rollback_to_what_cannot_answer_is_refused(routed: Routed) -> None:
