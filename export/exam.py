@@ -48,6 +48,7 @@ class Rules(Table):
     tolerance: float = Field(default=0.005, gt=0, lt=0.5)
     timeout_s: float = Field(default=300, gt=0)
     memory_gib: float = Field(default=8, gt=0)
+    nice: int = Field(default=10, ge=0, le=19)
 
 
 class Verdict(BaseModel):
@@ -338,4 +339,4 @@ def _limit(rules: Rules) -> None:
         most = resource.getrlimit(limit)[1]  # of the shell that we come from, which cannot be raised
         wanted = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
         resource.setrlimit(limit, (wanted, wanted))
-    os.nice(10)
+    os.nice(rules.nice)

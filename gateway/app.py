@@ -92,20 +92,19 @@ def create_app(
             response.headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
         return response
 
-    @app.api_route("/predict", methods=["POST", "PUT"], include_in_schema=False)
-    @app.put("/v1/predict", include_in_schema=False)  # what `curl -T` sends
-    @app.post(
-        "/v1/predict",
-        summary="Judge one picture",
-        response_model=schemas.PredictResponse,
-        responses=openapi_responses(*_READ, *_JUDGE),
-        openapi_extra={
+    judging: dict[str, Any] = {
+        "response_model": schemas.PredictResponse,
+        "responses": openapi_responses(*_READ, *_JUDGE),
+        "openapi_extra": {
             "requestBody": OPENAPI_REQUEST_BODY,
             "parameters": OPENAPI_PARAMETERS,
             "security": OPENAPI_SECURITY,
         },
-        operation_id="predict",
-    )
+    }
+
+    @app.api_route("/predict", methods=["POST", "PUT"], include_in_schema=False)
+    @app.put("/v1/predict", summary="The same, for clients that put (`curl -T`)", operation_id="predict_put", **judging)
+    @app.post("/v1/predict", summary="Judge one picture", operation_id="predict", **judging)
     async def predict_route(request: Request) -> Response:
         state = request.scope["state"]
         request_id, client, log = state["request_id"], state["client"], state["log"]
@@ -132,7 +131,6 @@ def create_app(
         compare = BackgroundTask(service.compare, judged, request_id)
         return Response(body.model_dump_json(), 200, headers, "application/json", compare)
 
-    @app.put("/v1/predict/batch", include_in_schema=False)
     @app.post(
         "/v1/predict/batch",
         summary="Judge several pictures",

@@ -20,7 +20,7 @@ from gateway.access import require_safe
 from gateway.errors import Failure
 from gateway.keys import ApiKeys, Key, hash_of
 from gateway.settings import Settings
-from tests.conftest import ROOT, GatewayProcess, free_endpoint, free_port, wait_for
+from tests.conftest import ROOT, GatewayProcess, free_endpoint, free_port, http, wait_for
 from tests.raw_http import exchange
 from tests.test_errors import BROWSER
 from tests.test_problems import IMAGE, assert_problem
@@ -57,13 +57,13 @@ class Guarded(GatewayProcess):
         beside.replace(self.file)
 
     def ask(self, key: str, path: str = "/v1/releases") -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", headers={"X-API-Key": key})
+        return http.get(f"{self.url}{path}", headers={"X-API-Key": key})
 
     def accepts(self, key: str) -> bool:
         return self.ask(key).status_code == 200
 
     def access(self) -> dict:
-        return dict(httpx.get(f"{self.url}/version").json()["access"])
+        return dict(http.get(f"{self.url}/version").json()["access"])
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
 
 @pytest.mark.parametrize("path", CLOSED)
 def test_a_key_is_needed(guarded: Guarded, path: str) -> None:
-    response = httpx.get(f"{guarded.url}{path}")
+    response = http.get(f"{guarded.url}{path}")
     assert_problem(response, "missing_api_key")
     assert response.headers["WWW-Authenticate"] == "Bearer"
     assert_problem(guarded.ask("gwk_wrong", path), "invalid_api_key")
@@ -83,19 +83,19 @@ def test_a_key_is_needed(guarded: Guarded, path: str) -> None:
 def test_a_prediction_is_refused_before_its_body_is_read(guarded: Guarded) -> None:
     head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: 1000000\r\n\r\n"
     assert_problem(exchange(guarded.port, head), "missing_api_key")
-    assert_problem(httpx.post(f"{guarded.url}/predict", content=b"x", headers=IMAGE), "missing_api_key")
-    response = httpx.post(f"{guarded.url}/predict", content=b"x", headers={**IMAGE, "X-API-Key": guarded.first})
+    assert_problem(http.post(f"{guarded.url}/predict", content=b"x", headers=IMAGE), "missing_api_key")
+    response = http.post(f"{guarded.url}/predict", content=b"x", headers={**IMAGE, "X-API-Key": guarded.first})
     assert_problem(response, "triton_unavailable")
 
 
 @pytest.mark.parametrize("path", OPEN)
 def test_what_probes_and_people_look_at_needs_none(guarded: Guarded, path: str) -> None:
-    assert httpx.get(f"{guarded.url}{path}").status_code == 200
+    assert http.get(f"{guarded.url}{path}").status_code == 200
 
 
 def test_a_key_is_taken_from_either_header(guarded: Guarded) -> None:
     def status(*headers: tuple[str, str]) -> int:
-        return httpx.get(f"{guarded.url}/v1/releases", headers=list(headers)).status_code
+        return http.get(f"{guarded.url}/v1/releases", headers=list(headers)).status_code
 
     key = guarded.first
     for good in (("X-API-Key", key), ("Authorization", f"Bearer {key}"), ("authorization", f"bearer  {key}")):
@@ -139,7 +139,7 @@ def test_a_bad_edit_keeps_the_last_good_keys_and_says_so(guarded: Guarded, bad: 
     wait_for(lambda: bool(guarded.access()["error"]))
     assert guarded.access()["required"] is True
     assert "keys.toml" in guarded.access()["error"]
-    assert "gateway_keys_valid 0.0" in httpx.get(f"{guarded.url}/metrics").text
+    assert "gateway_keys_valid 0.0" in http.get(f"{guarded.url}/metrics").text
     assert guarded.accepts(guarded.first)
     guarded.put(before)
     wait_for(lambda: not guarded.access()["error"])
@@ -200,7 +200,7 @@ def test_it_does_not_answer_everybody_on_a_network_unasked(reached_at: str) -> N
 def test_it_says_so_in_one_line_and_starts_once_that_is_meant(tmp_path: Path) -> None:
     assert "GATEWAY_ALLOW_ANONYMOUS=true to answer everybody" in refusal(host="0.0.0.0")
     with GatewayProcess(free_endpoint(), tmp_path / "log", host="0.0.0.0", allow_anonymous=True) as gateway:
-        assert httpx.get(f"{gateway.url}/v1/releases").status_code == 200
+        assert http.get(f"{gateway.url}/v1/releases").status_code == 200
 
 
 def test_keys_that_cannot_be_used_stop_the_start_and_are_not_shown(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_tls(certificate: tuple[Path, Path], tmp_path: Path) -> None:
         assert answer.headers["Strict-Transport-Security"] == "max-age=31536000"
         assert_problem(client.get("/nothing"), "not_found")
         with pytest.raises(httpx.RemoteProtocolError):
-            httpx.get(f"http://127.0.0.1:{gateway.port}/health/live")  # not a word in the clear
+            http.get(f"http://127.0.0.1:{gateway.port}/health/live")  # not a word in the clear
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             httpx.get(f"https://127.0.0.1:{gateway.port}/health/live")
 
@@ -282,7 +282,7 @@ def test_make_serve_proves_itself_with_keys_and_tls_too(
 
 @pytest.mark.parametrize("path", ["/version", "/nothing", "/metrics", "/errors", "/docs"])
 def test_every_answer_has_the_security_headers(guarded: Guarded, path: str) -> None:
-    headers = httpx.get(f"{guarded.url}{path}", headers=BROWSER).headers
+    headers = http.get(f"{guarded.url}{path}", headers=BROWSER).headers
     assert headers["X-Content-Type-Options"] == "nosniff"
     assert headers["Referrer-Policy"] == "no-referrer"
     assert headers["Cache-Control"] == "no-store"
@@ -296,7 +296,7 @@ def test_predictions_are_not_kept_by_caches(client: httpx.Client, jpeg: bytes) -
 
 
 def test_the_documents_may_run_their_own_script_and_no_other(guarded: Guarded) -> None:
-    page = httpx.get(f"{guarded.url}/docs")
+    page = http.get(f"{guarded.url}/docs")
     policy = page.headers["Content-Security-Policy"]
     assert page.text.count("<script>") == policy.count("'sha256-") == 1
     assert "script-src 'self' 'sha256-" in policy

@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import grpc
-import httpx
 
 from contract import Golden
 from export.repository import Repository
 from gateway import activation
 from gateway.releases import Known, Releases
 from gateway.triton import Inference, ModelState, TritonError
-from tests.conftest import GatewayProcess, free_endpoint, wait_for
+from tests.conftest import GatewayProcess, free_endpoint, http, wait_for
 from tests.test_outages import GOOD, MANIFEST, predict
 from tests.test_problems import IMAGE, assert_problem
 from tests.two_releases import edit_release
@@ -23,7 +22,7 @@ from triton_runtime.server import TritonServer
 
 
 def described(gateway: GatewayProcess) -> dict[str, tuple[str, str]]:
-    releases = httpx.get(f"{gateway.url}/version").json()["pipeline"]["releases"]
+    releases = http.get(f"{gateway.url}/version").json()["pipeline"]["releases"]
     return {release["name"]: (release["state"], release["reason"]) for release in releases}
 
 
@@ -55,11 +54,11 @@ def test_a_release_that_differs_from_its_record_never_answers(pair: Path, tmp_pa
 
         answers = [predict(gateway, jpeg).json() for _ in range(5)]
         assert {answer["model_version"] for answer in answers} == {"defect-v1"}
-        pinned = httpx.post(
+        pinned = http.post(
             f"{gateway.url}/v1/predict", params={"model_version": "defect-v2"}, content=jpeg, headers=IMAGE
         )
         assert assert_problem(pinned, "release_unavailable")["detail"] == f"defect-v2: {reason}"
-        page = httpx.get(f"{gateway.url}/metrics").text
+        page = http.get(f"{gateway.url}/metrics").text
         assert 'gateway_release_active{release="defect-v2"} 0.0' in page
         assert 'gateway_predictions_total{release="defect-v1",route="stable"} 5.0' in page
         assert page.count("gateway_predictions_total{") == 1, "golden pictures are no predictions of users"
@@ -83,7 +82,7 @@ def test_a_release_without_golden_pictures_never_answers(repository: Path, tmp_p
         wait_for(lambda: is_tried(gateway, "defect-v1"))
         assert "publish it again" in described(gateway)["defect-v1"][1]
         assert_problem(predict(gateway, jpeg), "no_release")
-        assert_problem(httpx.get(f"{gateway.url}/health/ready"), "no_release")
+        assert_problem(http.get(f"{gateway.url}/health/ready"), "no_release")
 
 
 def test_what_answered_before_is_tried_again_when_triton_returns(pair: Path, tmp_path: Path, jpeg: bytes) -> None:
@@ -93,7 +92,7 @@ def test_what_answered_before_is_tried_again_when_triton_returns(pair: Path, tmp
         with TritonServer(pair, endpoint) as server:
             server.wait_until_ready()
             wait_for(lambda: described(gateway).get("defect-v2") == ("ready", ""))
-        wait_for(lambda: httpx.get(f"{gateway.url}/version").json()["triton"] is None)
+        wait_for(lambda: http.get(f"{gateway.url}/version").json()["triton"] is None)
         settings = pair / "defect_postprocess/1/settings.json"
         settings.write_text(settings.read_text().replace('"damaged"', '"x"').replace('"intact"', '"damaged"'))
         settings.write_text(settings.read_text().replace('"x"', '"intact"'))

@@ -23,7 +23,7 @@ from perf.bench.contenders import inprocess, limit
 from perf.bench.services import BENTOML, LITSERVE, MOSEC, PLAIN, STACK, TUNED
 from perf.bench.targets import BARE, LIMIT, TRITON, Target
 from perf.bench.wrk import Bodies, Load, Run
-from tests.conftest import EXAMPLES, wait_for
+from tests.conftest import EXAMPLES, http, wait_for
 from tests.offline import Offline
 
 SIXTEEN = Load(16, "raw")
@@ -69,7 +69,7 @@ def test_the_other_servers_give_the_same_answer(
             body = Bodies.of(form, EXAMPLES[:1], tmp_path)
             headers = {"Content-Type": body.media_type}
             with service.awake():
-                response = httpx.post(service.url, content=body.files[0].read_bytes(), headers=headers, timeout=60)
+                response = http.post(service.url, content=body.files[0].read_bytes(), headers=headers, timeout=60)
             assert response.status_code == 200
             answer = response.json()[0] if name == BENTOML else response.json()
             assert answer["label"] == offline.answer(jpeg)[0]

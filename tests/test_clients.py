@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from gateway.keys import hash_of
-from tests.conftest import EXAMPLES, ROOT, GatewayProcess, free_endpoint, free_port, wait_for
+from tests.conftest import EXAMPLES, ROOT, GatewayProcess, free_endpoint, free_port, http, wait_for
 from tests.raw_http import HEAD, connect, is_closed, receive
 from tests.test_overload import gauge
 from tests.test_problems import assert_problem
@@ -390,7 +390,7 @@ def test_a_bomb_takes_no_more_than_a_body_may(gateway: GatewayProcess) -> None:
     before, began = process.memory_info().rss, sum(process.cpu_times()[:2])
     headers = {"Content-Type": "image/jpeg", "Content-Encoding": "gzip"}
     for _ in range(5):
-        assert_problem(httpx.post(f"{gateway.url}/v1/predict", content=bomb, headers=headers), "body_too_large")
+        assert_problem(http.post(f"{gateway.url}/v1/predict", content=bomb, headers=headers), "body_too_large")
     assert process.memory_info().rss - before < 40 * 2**20
     assert sum(process.cpu_times()[:2]) - began < 5
     assert gauge(gateway, "gateway_held_bytes") == 0
@@ -532,7 +532,7 @@ def test_behind_a_path_of_nginx_everything_leads_on(triton: Endpoint, jpeg: byte
                     _leads_on(client, jpeg)
             finally:
                 proxy.terminate()
-        assert httpx.get(f"{gateway.url}/health/ready").status_code == 200, "asked directly, as by a health check"
+        assert http.get(f"{gateway.url}/health/ready").status_code == 200, "asked directly, as by a health check"
 
 
 def _leads_on(client: httpx.Client, jpeg: bytes) -> None:

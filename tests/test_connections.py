@@ -14,11 +14,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from gateway.connection import MAX_AHEAD, MAX_HEAD, MAX_HEADERS, MAX_PIECES, MAX_TARGET, MIN_PIECE
-from tests.conftest import ROOT, GatewayProcess, free_endpoint, free_port, wait_for
+from tests.conftest import ROOT, GatewayProcess, free_endpoint, free_port, http, wait_for
 from tests.raw_http import HEAD, connect, exchange, is_closed, receive
 from tests.test_problems import assert_problem
 
@@ -41,7 +40,7 @@ def nothing_stays_open(strict: GatewayProcess) -> Iterator[None]:
 
 
 def connections(gateway: GatewayProcess) -> int:
-    page = httpx.get(f"{gateway.url}/metrics").text
+    page = http.get(f"{gateway.url}/metrics").text
     return int(float(re.findall(r"^gateway_connections (\S+)", page, re.MULTILINE)[0]))
 
 
@@ -191,13 +190,13 @@ def test_too_many_connections_are_refused_and_health_still_answers(strict: Gatew
     with contextlib.ExitStack() as stack:
         for _ in range(20):
             stack.enter_context(connect(strict.port))
-        assert_problem(httpx.post(f"{strict.url}/v1/predict", content=b"x"), "too_many_connections")
+        assert_problem(http.post(f"{strict.url}/v1/predict", content=b"x"), "too_many_connections")
         for path in ("/health/live", "/version", "/metrics"):
-            assert httpx.get(f"{strict.url}{path}").status_code == 200
+            assert http.get(f"{strict.url}{path}").status_code == 200
         beyond = [stack.enter_context(connect(strict.port)) for _ in range(25)]
         assert is_closed(beyond[-1])
     wait_for(lambda: connections(strict) == 1)
-    assert_problem(httpx.post(f"{strict.url}/v1/predict", content=b"x", headers={"Content-Type": "image/png"}),
+    assert_problem(http.post(f"{strict.url}/v1/predict", content=b"x", headers={"Content-Type": "image/png"}),
                    "triton_unavailable")  # fmt: skip
 
 

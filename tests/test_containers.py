@@ -138,10 +138,8 @@ def test_stopping_waits_for_requests_in_flight() -> None:
         return int(text.removesuffix("s"))
 
     environment = SERVICES["gateway"]["environment"]
-    grace = int(environment["GATEWAY_DRAIN_S"].partition(":-")[2].removesuffix("}")) + int(
-        environment["GATEWAY_GRACE_S"]
-    )
-    assert seconds(SERVICES["gateway"]["stop_grace_period"]) > grace
+    drain = int(environment["GATEWAY_DRAIN_S"].partition(":-")[2].removesuffix("}"))
+    assert seconds(SERVICES["gateway"]["stop_grace_period"]) > drain + int(environment["GATEWAY_GRACE_S"])
     flag = next(f for f in SERVICES["triton"]["command"] if f.startswith("--exit-timeout-secs="))
     assert seconds(SERVICES["triton"]["stop_grace_period"]) > int(flag.partition("=")[2])
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
 import pytest
 
 from gateway.dispatch import Call, Dispatcher, Lane
@@ -23,6 +22,7 @@ from gateway.line import Line, Ran, Waiting
 from gateway.metrics import Metrics
 from gateway.settings import Settings
 from gateway.triton import Inference, TritonError, encode, pb
+from tests.conftest import http
 from tests.test_preprocessing import bad_pictures
 from triton_runtime.server import Endpoint
 
@@ -59,7 +59,7 @@ class Lab:
 
 def inferred(triton: Endpoint, step: str) -> int:
     """Pictures that a step of this Triton worked on, by its own statistics."""
-    stats = httpx.get(f"http://127.0.0.1:{triton.http}/v2/models/defect_{step}/versions/1/stats").json()
+    stats = http.get(f"http://127.0.0.1:{triton.http}/v2/models/defect_{step}/versions/1/stats").json()
     return int(stats["model_stats"][0]["inference_count"])
 
 

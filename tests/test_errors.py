@@ -19,7 +19,7 @@ from gateway.app import create_app
 from gateway.errors import PROBLEMS
 from gateway.keys import hash_of
 from gateway.settings import Settings
-from tests.conftest import GatewayProcess, free_endpoint, wait_for
+from tests.conftest import GatewayProcess, free_endpoint, http, wait_for
 from tests.raw_http import HEAD, connect, exchange, receive
 from tests.ssrf.servers import Server, drip, response
 from tests.tampering import FAULTS, TamperingProxy
@@ -224,7 +224,7 @@ def assert_typed(response: httpx.Response, seconds: int | None) -> None:
 
 
 def test_codes_in_the_metrics_are_those_of_the_table(scene: Scene) -> None:
-    for text in (scene.good.get("/metrics").text, httpx.get(f"{scene.strict.url}/metrics").text):
+    for text in (scene.good.get("/metrics").text, http.get(f"{scene.strict.url}/metrics").text):
         codes = {
             part.partition('"')[0]
             for line in text.splitlines()

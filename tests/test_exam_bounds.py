@@ -37,7 +37,7 @@ def preprocess(repository: Repository, *edits: tuple[str, str]) -> None:
 
 def examine(repository: Repository, timeout_s: float = 60, *, force: bool = False) -> str:
     """The name of the release, or why there is none."""
-    examiner = Examiner(repository, SERVING, Rules(timeout_s=timeout_s), force=force)
+    examiner = Examiner(repository, SERVING, Rules(timeout_s=timeout_s, nice=0), force=force)
     try:
         return examiner.release_drop("tiny", {"preprocess": 2}, lambda _: None).manifest.name
     except Refused as refusal:

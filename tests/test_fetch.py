@@ -10,7 +10,6 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
-import httpx
 import pytest
 import trustme
 
@@ -19,7 +18,7 @@ from gateway.fetch import objects
 from gateway.fetch.fetcher import Fetcher
 from gateway.memory import Memory
 from gateway.settings import Settings
-from tests.conftest import GatewayProcess, wait_for
+from tests.conftest import GatewayProcess, http, wait_for
 from tests.offline import Offline
 from tests.ssrf.nameserver import NameServer
 from tests.ssrf.servers import Answer, Server, drip, response
@@ -118,10 +117,10 @@ def test_a_picture_by_location_is_answered_like_one_that_was_sent(
     place, metadata = f"{fetching.url}/v1/predict", {"parcel": "A-17"}
     headers = {"X-Request-ID": f"by-location-{scheme}-{form}"}
     if form == "json":
-        answer = httpx.post(place, json={"image_url": url, "metadata": metadata}, headers=headers, timeout=60)
+        answer = http.post(place, json={"image_url": url, "metadata": metadata}, headers=headers, timeout=60)
     else:
         parts = {"image_url": (None, url), "metadata": (None, json.dumps(metadata))}
-        answer = httpx.post(place, files=parts, headers=headers, timeout=60)
+        answer = http.post(place, files=parts, headers=headers, timeout=60)
     assert answer.status_code == 200, answer.text
     label, scores = offline.answer(jpeg)
     assert answer.json()["label"] == label
@@ -145,14 +144,14 @@ def test_what_is_no_picture_is_a_problem(fetching: GatewayProcess, plain: Server
         }
     )
     url = f"http://photos.test:{plain.port}{path}"
-    assert_problem(httpx.post(f"{fetching.url}/v1/predict", json={"image_url": url}, timeout=60), code)
+    assert_problem(http.post(f"{fetching.url}/v1/predict", json={"image_url": url}, timeout=60), code)
 
 
 def test_where_a_name_leads_is_not_told(fetching: GatewayProcess, plain: Server) -> None:
     """Neither by the problem of a host that refuses connections, nor by one of a place that is not listed."""
     for url in (f"http://photos.test:{plain.port}/closed", f"http://other.test:{plain.port}/"):
         plain.answers["/closed"] = b""
-        problem = httpx.post(f"{fetching.url}/v1/predict", json={"image_url": url}, timeout=60).json()
+        problem = http.post(f"{fetching.url}/v1/predict", json={"image_url": url}, timeout=60).json()
         assert problem["code"] in ("fetch_failed", "url_not_allowed")
         assert "127.0.0" not in json.dumps(problem)
 

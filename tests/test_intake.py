@@ -28,7 +28,7 @@ from gateway.ingest import Picture, read_batch, read_picture
 from gateway.keys import hash_of
 from gateway.memory import Memory, Share
 from gateway.settings import Settings
-from tests.conftest import GatewayProcess, free_endpoint, wait_for
+from tests.conftest import GatewayProcess, free_endpoint, http, wait_for
 from tests.raw_http import HEAD, connect, receive
 from tests.test_overload import gauge
 from tests.test_problems import BOUNDARY, IMAGE, JSON, assert_problem, part
@@ -112,7 +112,7 @@ def test_many_large_uploads_at_once_take_bounded_memory(narrow: GatewayProcess, 
     process = psutil.Process(narrow.process.pid)
 
     def is_answered() -> None:
-        answer = httpx.post(f"{narrow.url}/v1/predict", content=jpeg, headers=IMAGE, timeout=60)
+        answer = http.post(f"{narrow.url}/v1/predict", content=jpeg, headers=IMAGE, timeout=60)
         assert answer.status_code == 200, answer.text
 
     is_answered()
@@ -155,7 +155,7 @@ def test_who_declares_much_and_sends_nothing_takes_no_room(narrow: GatewayProces
     with contextlib.ExitStack() as stack:
         for _ in range(100):
             stack.enter_context(declare(narrow, 8 * MIB))
-        answer = httpx.post(f"{narrow.url}/v1/predict", content=bytes(8 * MIB), headers=IMAGE, timeout=60)
+        answer = http.post(f"{narrow.url}/v1/predict", content=bytes(8 * MIB), headers=IMAGE, timeout=60)
         assert_problem(answer, "image_unsupported")
         assert held(narrow) == 0
 
@@ -174,7 +174,7 @@ def test_a_slow_upload_makes_room_for_a_faster_one(narrow: GatewayProcess) -> No
         for connection in slow:
             connection.sendall(bytes(8 * MIB - 1))
         wait_for(lambda: held(narrow) == 32 * MIB - 4)
-        answer = httpx.post(f"{narrow.url}/v1/predict", content=bytes(4 * MIB), headers=IMAGE, timeout=60)
+        answer = http.post(f"{narrow.url}/v1/predict", content=bytes(4 * MIB), headers=IMAGE, timeout=60)
         assert_problem(answer, "image_unsupported")
         (ended,) = [connection for connection in slow if _is_readable(connection)]
         assert_problem(receive(ended), "overloaded")
@@ -185,13 +185,13 @@ def test_whatever_was_sent_nothing_is_held_afterwards(narrow: GatewayProcess, jp
     text, predict = base64.b64encode(jpeg).decode(), f"{narrow.url}/v1/predict"
     for picture, encoded in ((jpeg, text), (b"?", "?")):
         if kind == "bytes":
-            httpx.post(predict, content=picture, headers=IMAGE, timeout=60)
+            http.post(predict, content=picture, headers=IMAGE, timeout=60)
         elif kind == "json":
-            httpx.post(predict, json={"image": encoded}, timeout=60)
+            http.post(predict, json={"image": encoded}, timeout=60)
         elif kind == "form":
-            httpx.post(predict, files={"image": picture}, timeout=60)
+            http.post(predict, files={"image": picture}, timeout=60)
         else:
-            httpx.post(f"{predict}/batch", json={"items": [{"image": encoded}, {}, {"image": text}]}, timeout=60)
+            http.post(f"{predict}/batch", json={"items": [{"image": encoded}, {}, {"image": text}]}, timeout=60)
     assert held(narrow) == 0
 
 

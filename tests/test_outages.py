@@ -17,13 +17,13 @@ from contract import Manifest, StepPin
 from gateway.errors import Failure
 from gateway.predict import verify
 from gateway.triton import Inference, MalformedAnswer, decode, pb
-from tests.conftest import GatewayProcess, free_endpoint, wait_for
+from tests.conftest import GatewayProcess, free_endpoint, http, wait_for
 from tests.test_problems import IMAGE, assert_problem
 from triton_runtime.server import Endpoint, TritonServer
 
 
 def predict(gateway: GatewayProcess, jpeg: bytes) -> httpx.Response:
-    return httpx.post(f"{gateway.url}/v1/predict", content=jpeg, headers=IMAGE, timeout=60)
+    return http.post(f"{gateway.url}/v1/predict", content=jpeg, headers=IMAGE, timeout=60)
 
 
 def test_triton_may_come_late_go_and_come_back(pristine: Path, jpeg: bytes, tmp_path: Path) -> None:
@@ -33,9 +33,9 @@ def test_triton_may_come_late_go_and_come_back(pristine: Path, jpeg: bytes, tmp_
             started = time.monotonic()
             assert_problem(predict(gateway, jpeg), "triton_unavailable")
             assert time.monotonic() - started < 10
-            assert_problem(httpx.get(f"{gateway.url}/health/ready"), "triton_unavailable")
-            assert httpx.get(f"{gateway.url}/health/live").status_code == 200
-            assert httpx.get(f"{gateway.url}/version").json()["triton"] is None
+            assert_problem(http.get(f"{gateway.url}/health/ready"), "triton_unavailable")
+            assert http.get(f"{gateway.url}/health/live").status_code == 200
+            assert http.get(f"{gateway.url}/version").json()["triton"] is None
             with TritonServer(pristine, endpoint) as server:
                 server.wait_until_ready()
                 wait_for(gateway.is_ready)
@@ -58,7 +58,7 @@ def test_a_stuck_server_costs_no_more_than_the_deadline(jpeg: bytes, pristine: P
             started = time.monotonic()
             assert_problem(predict(gateway, jpeg), "deadline_exceeded")
             assert time.monotonic() - started < 5
-            assert httpx.get(f"{gateway.url}/health/ready", timeout=10).status_code == 503
+            assert http.get(f"{gateway.url}/health/ready", timeout=10).status_code == 503
         finally:
             server.process.send_signal(signal.SIGCONT)
         wait_for(gateway.is_ready)
@@ -118,12 +118,12 @@ def test_draining_answers_until_everybody_knows(triton: Endpoint, jpeg: bytes, t
 
         asking = [pool.submit(ask, number) for number in range(8)]
         gateway.process.terminate()
-        wait_for(lambda: httpx.get(f"{gateway.url}/health/ready").status_code == 503)
-        refusal = httpx.get(f"{gateway.url}/health/ready")
+        wait_for(lambda: http.get(f"{gateway.url}/health/ready").status_code == 503)
+        refusal = http.get(f"{gateway.url}/health/ready")
         sent_away.set()
         assert_problem(refusal, "shutting_down")
         assert refusal.headers["connection"] == "close"
-        assert httpx.get(f"{gateway.url}/health/live").status_code == 200
+        assert http.get(f"{gateway.url}/health/live").status_code == 200
         wait_for(lambda: "draining" in gateway.log.read_text())
         ending.set()
         answers = [future.result() for future in asking]

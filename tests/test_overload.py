@@ -22,7 +22,7 @@ from gateway.metrics import Metrics
 from gateway.middleware import REFUSAL, RequestContext
 from perf.generator import Generator
 from perf.overload import share_kept
-from tests.conftest import EXAMPLES, GatewayProcess, wait_for
+from tests.conftest import EXAMPLES, GatewayProcess, http, wait_for
 from tests.test_dispatch import inferred
 from tests.test_problems import IMAGE, assert_problem
 from triton_runtime.server import Endpoint, TritonServer
@@ -30,7 +30,7 @@ from triton_runtime.stack import free_endpoint
 
 
 def gauge(gateway: GatewayProcess, name: str) -> float:
-    lines = httpx.get(f"{gateway.url}/metrics").text.splitlines()
+    lines = http.get(f"{gateway.url}/metrics").text.splitlines()
     return sum(float(line.split()[1]) for line in lines if line.split("{")[0].split()[0] == name)
 
 
@@ -178,7 +178,7 @@ def test_a_full_queue_in_triton_is_overload(narrow: Endpoint, jpeg: bytes, tmp_p
         def ask_until_answered(number: int) -> httpx.Response:
             gateway = (one, two)[number % 2]
             while True:
-                response = httpx.post(f"{gateway.url}/v1/predict", content=jpeg, headers=IMAGE, timeout=60)
+                response = http.post(f"{gateway.url}/v1/predict", content=jpeg, headers=IMAGE, timeout=60)
                 if response.status_code != 503:
                     return response
                 refused.append(response)

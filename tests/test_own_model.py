@@ -6,13 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import onnx
 import pytest
 
 from export import reference
 from export.spec import Spec
-from tests.conftest import EXAMPLES, ROOT, GatewayProcess, free_endpoint, wait_for
+from tests.conftest import EXAMPLES, ROOT, GatewayProcess, free_endpoint, http, wait_for
 from tests.offline import PREPROCESSING, Offline
 from tests.test_export import user_model
 from triton_runtime.server import TritonServer
@@ -36,7 +35,7 @@ def test_a_users_model_is_served_under_its_own_name(repository: Path, tmp_path: 
         with GatewayProcess(endpoint, tmp_path / "log", pipeline="fruit", deadline_s=60) as gateway:
             wait_for(gateway.is_ready)
             headers = {"Content-Type": "image/jpeg"}
-            answer = httpx.post(f"{gateway.url}/v1/predict", content=picture, headers=headers, timeout=60).json()
+            answer = http.post(f"{gateway.url}/v1/predict", content=picture, headers=headers, timeout=60).json()
     pixels = PREPROCESSING.preprocess(picture, spec.input.size)[None]
     (expected,) = reference.onnx_probabilities(onnx.load(tmp_path / "fruit.onnx"), spec, pixels)
     scores = {score["label"]: score["confidence"] for score in answer["scores"]}

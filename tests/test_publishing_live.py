@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import GatewayProcess, free_endpoint, wait_for
+from tests.conftest import GatewayProcess, free_endpoint, http, wait_for
 from tests.offline import Offline
 from tests.two_releases import publish_contrary
 from triton_runtime.server import TritonServer
@@ -68,7 +68,7 @@ def test_a_broken_version_that_no_release_pins_is_invisible(repository: Path, tm
         with GatewayProcess(endpoint, tmp_path / "log", deadline_s=60) as gateway:
             wait_for(gateway.is_ready)
             headers = {"Content-Type": "image/jpeg"}
-            return httpx.post(f"{gateway.url}/v1/predict", content=jpeg, headers=headers, timeout=60).status_code == 200
+            return http.post(f"{gateway.url}/v1/predict", content=jpeg, headers=headers, timeout=60).status_code == 200
 
     with TritonServer(repository, endpoint, poll_seconds=1) as server:
         server.wait_until_ready()

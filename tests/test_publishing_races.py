@@ -30,7 +30,7 @@ SPEC = "[input]\nsize = 64\nscale = 0.00392156862745098\n"
 
 def examiner_of(repository: Repository) -> Examiner:
     """As a process of its own would have it."""
-    return Examiner(Repository(repository.root), SERVING, Rules())
+    return Examiner(Repository(repository.root), SERVING, Rules(nice=0))
 
 
 def other_preprocessing(repository: Repository, number: int = 2) -> None:

@@ -117,7 +117,7 @@ def test_what_is_written_can_be_read_whatever_the_umask(
     repository = Repository(root)
     onnx.save(drops.network(0.0), tmp_path / "tiny.onnx")
     built = from_onnx(tmp_path / "tiny.onnx", drops.SPEC, repository, lambda _: None)
-    examiner = Examiner(repository, SERVING, Rules())
+    examiner = Examiner(repository, SERVING, Rules(nice=0))
     examiner.release(built, lambda _: None)
     for place in sorted(root.glob("tiny*")):
         assert rights.closed(place) == []
@@ -247,7 +247,7 @@ def test_a_real_triton_that_may_not_read_everything_serves_what_was_published(ti
     unopened = drop(tiny, 3, -0.3)  # not examined yet: Triton does not see it, and goes on to follow what it sees
     CLOSED["both"](unopened)
     os.chown(unopened, NOBODY, NOBODY)
-    examiner = Examiner(tiny, SERVING, Rules())
+    examiner = Examiner(tiny, SERVING, Rules(nice=0))
     examiner.release_drop("tiny", {"classifier": 2}, lambda _: None)
     drop(tiny, 4, -0.5)
     command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", sys.executable, "-c", UNPRIVILEGED]

@@ -24,7 +24,7 @@ from gateway.catalogue import Catalogue
 from gateway.errors import Failure
 from gateway.router import Router, draw
 from gateway.routing import RoutingFile
-from tests.conftest import ROOT, GatewayProcess, free_endpoint, free_port, wait_for
+from tests.conftest import ROOT, GatewayProcess, free_endpoint, free_port, http, wait_for
 from tests.test_outages import MANIFEST, predict
 from tests.test_problems import IMAGE, assert_problem
 from triton_runtime.server import Endpoint, TritonServer
@@ -402,7 +402,7 @@ def test_a_rollback_asks_every_gateway(routed: Routed, pair_triton: Endpoint, tm
         run = rollback("--file", routed.file, *urls)
         assert run.returncode == 0, run.stderr
         for gateway in (*others, routed.gateway):
-            assert httpx.get(f"{gateway.url}/version").json()["pipeline"]["stable"] == "defect-v1"
+            assert http.get(f"{gateway.url}/version").json()["pipeline"]["stable"] == "defect-v1"
     run = rollback("--file", routed.file, "--gateway", routed.gateway.url, "--gateway", others[0].url, "--forward")
     assert run.returncode == 1
     assert f"not everybody confirmed it: the gateway at {others[0].url} cannot be asked" in run.stderr
@@ -548,7 +548,7 @@ def test_the_stable_release_may_go_as_well(pair: Path, tmp_path: Path, jpeg: byt
         shutil.move(aside, pair / "defect-v2")
         wait_for(lambda: predict(gateway, jpeg).json()["model_version"] == "defect-v2")
         shutil.rmtree(pair / "defect-v1")
-        ask = lambda: httpx.post(  # noqa: E731
+        ask = lambda: http.post(  # noqa: E731
             f"{gateway.url}/v1/predict?model_version=defect-v1", content=jpeg, headers=IMAGE, timeout=60
         )
         wait_for(lambda: ask().status_code == 410)

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import ROOT, free_endpoint, free_port, wait_for
+from tests.conftest import ROOT, free_endpoint, free_port, http, wait_for
 from tests.test_triton_runtime import leftovers
 
 
@@ -53,7 +53,7 @@ def test_serve_gets_ready_from_a_clone_and_ctrl_c_leaves_nothing(tmp_path: Path)
     added = {p.name for p in repository.rglob("*") if p.is_file()} - {p.name for p in files}
     assert added == {"model.onnx"}
     try:
-        httpx.get(f"http://127.0.0.1:{port}/health/live")
+        http.get(f"http://127.0.0.1:{port}/health/live")
     except httpx.ConnectError:
         pass
     else:
@@ -88,7 +88,7 @@ def test_a_part_that_is_killed_comes_back_and_says_so(pristine: Path, tmp_path: 
 
     def is_ready() -> bool:
         assert process.poll() is None, log.read_text()
-        return httpx.get(f"http://127.0.0.1:{port}/health/ready", timeout=10).status_code == 200
+        return http.get(f"http://127.0.0.1:{port}/health/ready", timeout=10).status_code == 200
 
     try:
         wait_for(lambda: "try: " in log.read_text(), 120)

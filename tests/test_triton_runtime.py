@@ -19,14 +19,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import grpc
-import httpx
 import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from export import config
-from tests.conftest import ROOT, free_endpoint, wait_for
+from tests.conftest import ROOT, free_endpoint, http, wait_for
 from tests.offline import Offline
 from tests.test_preprocessing import png_header
 from triton_runtime import installation
@@ -171,7 +170,7 @@ def test_what_could_harm_the_server_is_refused_over_grpc(triton: Endpoint, call:
     ],
 )
 def test_what_could_harm_the_server_is_refused_over_http(triton: Endpoint, path: str, body: dict | None) -> None:
-    response = httpx.get(triton.url(path)) if body is None else httpx.post(triton.url(path), json=body)
+    response = http.get(triton.url(path)) if body is None else http.post(triton.url(path), json=body)
     if "/repository/" in path:
         assert "not allowed if polling is enabled" in response.text
     else:

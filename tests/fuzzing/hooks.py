@@ -29,7 +29,8 @@ settings.load_profile("no climbing")
 
 _GOOD = [seed.data for seed in seeds()]
 _BAD = [specimen(0, number).data for number in range(100) if number % 20 != 19]  # no bombs: they are slow
-schemathesis.openapi.media_type("image/*", st.sampled_from([*_GOOD, *_BAD]) | st.binary(min_size=1, max_size=200))
+for _media_type in ("image/*", "application/octet-stream"):
+    schemathesis.openapi.media_type(_media_type, st.sampled_from([*_GOOD, *_BAD]) | st.binary(min_size=1, max_size=200))
 
 
 @schemathesis.hook

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import psutil
 
-from tests.conftest import GatewayProcess, wait_for
+from tests.conftest import GatewayProcess, http, wait_for
 from triton_runtime.installation import SHARED_MEMORY_FOLDER
 from triton_runtime.server import Endpoint, TritonServer
 from triton_runtime.stack import ROOT, free_endpoint
@@ -70,11 +69,11 @@ class Stack:
         """Look at the servers now."""
         triton = psutil.Process(self.triton)
         stubs = [child for child in triton.children(recursive=True) if "python_backend_stub" in child.name()]
-        statistics = httpx.get(self.endpoint.url("/v2/models/stats"), timeout=10).json()["model_stats"]
-        metrics = httpx.get(f"{self.url}/metrics", timeout=10).text
+        statistics = http.get(self.endpoint.url("/v2/models/stats"), timeout=10).json()["model_stats"]
+        metrics = http.get(f"{self.url}/metrics", timeout=10).text
         in_flight = re.search(r"^gateway_in_flight (\S+)$", metrics, re.MULTILINE)
         assert in_flight, metrics
-        release = httpx.get(f"{self.url}/version", timeout=10).json()["pipeline"]["stable"]
+        release = http.get(f"{self.url}/version", timeout=10).json()["pipeline"]["stable"]
         return Vitals(
             stubs={stub.pid: stub.memory_full_info().uss for stub in stubs},
             servers={pid: psutil.Process(pid).memory_full_info().uss for pid in (self.triton, self.gateway)},
