@@ -11,7 +11,7 @@ import contextlib
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -77,7 +77,11 @@ def is_version(name: str) -> bool:
     return name.isascii() and name.isdigit() and name[0] != "0"
 
 
-RETIRED = "retired.json"
+RECORD = "releases.json"
+"""What every release pins that was ever published: a number names one release for ever, and what was published once is
+never a drop again, however its release went."""
+_OLD_RECORD = "retired.json"
+"""Earlier exports wrote down the retired ones alone."""
 """In the repository's root, where Triton looks for folders only: the releases that were taken back, so that neither
 their numbers are given again nor their versions taken for drops."""
 
@@ -154,22 +158,42 @@ class Repository:
         there = ", ".join(release.name for release in releases) or "none of its pipeline"
         raise RepositoryError(f"there is no release {name}; there is {there}")
 
-    def retired(self, pipeline: str) -> dict[str, dict[str, StepPin]]:
-        """The pins of the retired releases of a pipeline, by name.
+    def gone(self, pipeline: str) -> dict[str, dict[str, StepPin]]:
+        """The pins of the releases of a pipeline that were retired, or removed by hand, by name.
 
         Raises:
             RepositoryError: the record cannot be read.
         """
-        path = self.root / RETIRED
-        try:
-            recorded = json.loads(path.read_text()) if path.is_file() else {}
-            return {
-                name: {step: StepPin(**pin) for step, pin in pins.items()}
-                for name, pins in recorded.items()
-                if (parsed := contract.parse_release_name(name)) and parsed[0] == pipeline
-            }
-        except (ValueError, TypeError, AttributeError) as error:
-            raise RepositoryError(f"{path}: not the record of retired releases: {error}") from None
+        return {
+            name: pins
+            for name, pins in self._recorded().items()
+            if (parsed := contract.parse_release_name(name))
+            and parsed[0] == pipeline
+            and not holds_config(self.root / name)
+        }
+
+    def _recorded(self) -> dict[str, dict[str, StepPin]]:
+        recorded: dict[str, dict[str, StepPin]] = {}
+        for path in (self.root / _OLD_RECORD, self.root / RECORD):
+            try:
+                found = json.loads(path.read_text()) if path.is_file() else {}
+                recorded |= {
+                    name: {step: StepPin(**pins[step]) for step in contract.STEPS} for name, pins in found.items()
+                }
+            except (ValueError, TypeError, AttributeError, KeyError) as error:
+                raise RepositoryError(f"{path}: not the record of releases: {error}") from None
+        return recorded
+
+    def _record(self, staging: Staging, releases: Iterable[Manifest]) -> list[Path]:
+        """Write down what these releases pin, where that is not there yet."""
+        recorded = self._recorded()
+        new = recorded | {release.name: dict(release.steps) for release in releases}
+        if new == recorded:
+            return []
+        path = self.root / RECORD
+        content = {name: {step: vars(pin) for step, pin in pins.items()} for name, pins in sorted(new.items())}
+        staging.write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+        return [path]
 
     def step_folder(self, pipeline: str, step: str, version: int) -> Path:
         """Where one version of a step lies."""
@@ -236,16 +260,16 @@ class Repository:
         return sorted(int(path.name) for path in folder.glob("*") if path.is_dir() and is_version(path.name))
 
     def unpinned(self, pipeline: str, step: str) -> dict[int, list[str]]:
-        """The versions of a step that no release pins, and the retired releases that each is left from.
+        """The versions of a step that no release pins, and the releases that are gone and that each is left from.
 
         One that is left from none is a drop.
         """
         pinned = {release.steps[step].version for release in self.releases(pipeline)}
-        retired = self.retired(pipeline)
+        gone = self.gone(pipeline)
         return {
             version: [
                 name
-                for name, pins in retired.items()
+                for name, pins in gone.items()
                 if pins[step].version == version
                 and pins[step].digest == self._digest(self.step_folder(pipeline, step, version))
             ]
@@ -316,6 +340,7 @@ class Repository:
                 # An ensemble needs a version folder, and git keeps no empty ones.
                 staging.write_folder(folder, {"config.pbtxt": rendered, "1/.keep": b""})
                 written.append(folder)
+            written += self._record(staging, [manifest])
         return Published(manifest, tuple(written))
 
     def _require_current(self, candidate: Candidate, new: bool) -> None:
@@ -339,8 +364,8 @@ class Repository:
 
     def _next_number(self, pipeline: str, releases: list[Manifest]) -> int:
         """One more than was ever given: a number names one release for ever."""
-        retired = (contract.parse_release_name(name) for name in self.retired(pipeline))
-        return 1 + max([0, *(r.number for r in releases), *(parsed[1] for parsed in retired if parsed)])
+        gone = (contract.parse_release_name(name) for name in self.gone(pipeline))
+        return 1 + max([0, *(r.number for r in releases), *(parsed[1] for parsed in gone if parsed)])
 
     def retire(self, name: str, allow: Callable[[], None] = lambda: None) -> Manifest:
         """Take a release back. Its versions stay on disk, where Triton does not see them any more.
@@ -355,10 +380,7 @@ class Repository:
             manifest = self.release(name)
             if len(self.releases(manifest.pipeline)) == 1:
                 raise RepositoryError(f"{name} is the only release: publish another one first")
-            path = self.root / RETIRED
-            recorded = json.loads(path.read_text()) if path.is_file() else {}
-            recorded[name] = {step: vars(pin) for step, pin in manifest.steps.items()}
-            staging.write_file(path, (json.dumps(recorded, indent=2) + "\n").encode())
+            self._record(staging, [manifest])
             staging.remove_folder(self.root / name)
             self._show_what_is_sound(staging, manifest.pipeline)
         return manifest
@@ -376,8 +398,10 @@ class Repository:
         for place, deep in self._places(pipeline):
             with contextlib.suppress(OSError):  # not ours to change
                 done |= dict.fromkeys(rights.open_up(place, deep=deep), "everybody may read it now")
-        if self._unsound(pipeline):
+        releases = self.releases(pipeline)
+        if self._unsound(pipeline) or not {release.name for release in releases} <= self._recorded().keys():
             with Staging.beside(self.root) as staging:
+                done |= dict.fromkeys(self._record(staging, releases), "knows all releases")
                 done |= self._show_what_is_sound(staging, pipeline)
         return done
 
@@ -500,8 +524,8 @@ class Repository:
                 continue  # somebody's unfinished or broken drop: not ours to touch
             if found and found.digest == content.digest:
                 return StepPin(version, content.digest)
-        retired = (pins[step].version for pins in self.retired(pipeline).values())
-        return StepPin(max([0, *on_disk, *pinned, *retired]) + 1, content.digest)
+        gone = (pins[step].version for pins in self.gone(pipeline).values())
+        return StepPin(max([0, *on_disk, *pinned, *gone]) + 1, content.digest)
 
     def _complete_version(self, staging: Staging, candidate: Candidate, step: str, pin: StepPin) -> list[Path]:
         folder = self.step_folder(candidate.pipeline, step, pin.version)

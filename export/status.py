@@ -52,7 +52,7 @@ def unpinned(repository: Repository, pipeline: str) -> dict[Path, str]:
         for version, owners in repository.unpinned(pipeline, step).items():
             folder = repository.step_folder(pipeline, step, version)
             if owners:
-                found[folder] = f"of {', '.join(owners)}, retired"
+                found[folder] = f"of {', '.join(owners)}, which is not there any more"
             elif (verdict := releasing.verdict_of(folder)) and verdict.is_open:
                 found[folder] = f"dropped, in an exam since {verdict.at}"
             elif verdict:

@@ -152,10 +152,10 @@ class Watcher:
             self._troubles.pop(key, None)
 
     def drops(self, pipeline: str) -> Iterator[Drop]:
-        """The versions of a pipeline that no release pins, and that no retired one pinned."""
+        """The versions of a pipeline that no release pins, and that none ever pinned."""
         for step in contract.STEPS:
-            for number, retired in self.repository.unpinned(pipeline, step).items():
-                if not retired:
+            for number, owners in self.repository.unpinned(pipeline, step).items():
+                if not owners:
                     yield Drop(pipeline, step, number)
 
     def _has_settled(self, drop: Drop) -> bool:

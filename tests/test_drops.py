@@ -26,7 +26,7 @@ from export import config, doctor, exam
 from export.__main__ import main
 from export.exam import Rules, Verdict
 from export.release import Examiner
-from export.repository import Repository
+from export.repository import RECORD, Repository
 from export.steps import VERDICT
 from export.watch import Watcher
 from tests import drops
@@ -497,7 +497,7 @@ def test_a_retired_release_is_gone_its_number_is_not_given_again_and_its_version
         watcher.look()
     assert names(events)[-1] == "published", "the retired version is not examined again"
     assert main(["status", "--repository", str(tiny.root), "--routing", str(routing)]) == 0
-    assert "tiny_classifier/2: of tiny-v2, retired" in capsys.readouterr().out
+    assert "tiny_classifier/2: of tiny-v2, which is not there any more" in capsys.readouterr().out
 
     drop(tiny, 3, -0.3)
     for _ in range(2):
@@ -505,6 +505,39 @@ def test_a_retired_release_is_gone_its_number_is_not_given_again_and_its_version
     assert [r.name for r in tiny.releases("tiny")] == ["tiny-v1", "tiny-v3"]
     assert main([*command, "tiny-v2"]) == 1
     assert "there is no release tiny-v2; there is tiny-v1, tiny-v3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("removed", ["tiny-v1", "tiny-v2"])
+@pytest.mark.parametrize("record", ["kept", "of earlier exports", "none before"])
+def test_what_is_left_of_a_release_that_was_removed_by_hand_is_no_drop(
+    tiny: Repository, removed: str, record: str
+) -> None:
+    """It would come back under a new number, as the newest, and answer everything."""
+    drop(tiny, 2)
+    watcher = watcher_of(tiny, [])
+    watcher.look()
+    watcher.look()
+    written = tiny.root / RECORD
+    assert json.loads(written.read_text()).keys() >= {"tiny-v1", "tiny-v2"}
+    if record == "none before":
+        written.unlink()
+        watcher.look()
+    elif record == "of earlier exports":  # of retired releases alone
+        known = json.loads(written.read_text())
+        written.unlink()
+        (tiny.root / "retired.json").write_text(json.dumps({removed: known[removed]}))
+    shutil.rmtree(tiny.root / removed)
+    restarted = watcher_of(Repository(tiny.root), events := [])
+    for _ in range(3):
+        restarted.look()
+    assert "published" not in names(events)
+    assert "examining" not in names(events)
+    (left,) = {"tiny-v1", "tiny-v2"} - {removed}
+    assert [r.name for r in tiny.releases("tiny")] == [left]
+    drop(tiny, 3, -0.3)
+    for _ in range(2):
+        restarted.look()
+    assert [r.name for r in tiny.releases("tiny")] == [left, "tiny-v3"]
 
 
 def test_the_only_and_the_latest_release_are_not_retired(tiny: Repository, capsys: pytest.CaptureFixture[str]) -> None:
