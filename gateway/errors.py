@@ -169,12 +169,20 @@ PROBLEMS: dict[str, Kind] = {
     "fetch_too_large": Kind(
         422, "What is there is too large", "Use a smaller picture; the limit is in the detail.", "client", "fetch"
     ),
+    "fetch_refused": Kind(
+        422, "The host does not give the picture",
+        "Check the location: whether it is still there, and whether its signature has expired.", "client", "fetch",
+    ),
     "fetch_failed": Kind(
         502, "The picture could not be fetched",
         "Check that the location answers; try again, or send the picture itself.", "client", "fetch", True, 1,
     ),
     "fetch_timeout": Kind(
         504, "The picture did not come in time", "Try again, or send the picture itself.", "client", "fetch", True, 1
+    ),
+    "fetch_store_failed": Kind(
+        502, "The object store did not give the object to this service",
+        "Try again later, or send the picture itself; the reason is in the detail.", "operator", "fetch", True, 5,
     ),
     "fetch_not_installed": Kind(
         501, "This service cannot read object stores", "Ask for its extra 'objects', or use an https location.",

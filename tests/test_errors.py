@@ -19,7 +19,7 @@ from gateway.app import create_app
 from gateway.errors import PROBLEMS
 from gateway.keys import hash_of
 from gateway.settings import Settings
-from tests.conftest import GatewayProcess, free_endpoint, http, wait_for
+from tests.conftest import GatewayProcess, free_endpoint, free_port, http, wait_for
 from tests.raw_http import HEAD, connect, exchange, receive
 from tests.ssrf.servers import Server, drip, response
 from tests.tampering import FAULTS, TamperingProxy
@@ -41,11 +41,13 @@ class Scene:
     web: str
     jpeg: bytes
     folder: Path
+    triton: Endpoint
 
 
 PLACES = {
     "/page": response(b"<html>", kind="text/html"),
     "/gone": response(b"", status="404 Not Found"),
+    "/busy": response(b"", status="503 Service Unavailable"),
     "/never": drip(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", 0.1),
 }
 
@@ -87,14 +89,14 @@ def scene(
         TamperingProxy(triton) as proxy,
         Server(response(b"x" * (len(jpeg) + 1)), PLACES) as web,
         pytest.MonkeyPatch.context() as patch,
+        GatewayProcess(free_endpoint(), folder / "strict.log", **limits) as strict,
         GatewayProcess(
             proxy.endpoint, folder / "faulty.log", **without_obstore(patch, folder), **fetching(web, jpeg)
         ) as faulty,
-        GatewayProcess(free_endpoint(), folder / "strict.log", **limits) as strict,
         httpx.Client(base_url=faulty.url, timeout=30) as to_faulty,
     ):
         wait_for(faulty.is_ready)
-        yield Scene(client, to_faulty, strict, f"http://127.0.0.1:{web.port}", jpeg, folder)
+        yield Scene(client, to_faulty, strict, f"http://127.0.0.1:{web.port}", jpeg, folder, triton)
 
 
 def post(scene: Scene, body: bytes, headers: dict[str, str] | None = None, query: str = "") -> httpx.Response:
@@ -108,7 +110,7 @@ def spoilt(scene: Scene, code: str, query: str = "") -> httpx.Response:
 
 def crashing(scene: Scene) -> httpx.Response:
     """Another picture than the others', which go on being answered."""
-    headers = {**IMAGE, "X-Request-ID": "image_crashes_server"}
+    headers = {**IMAGE, "X-Request-ID": "image_crashes_server", "X-Timeout-Ms": "30000"}
     return scene.faulty.post("/v1/predict", content=scene.jpeg[:-1], headers=headers)
 
 
@@ -142,6 +144,24 @@ def stopped(scene: Scene) -> httpx.Response:
         assert connection.recv(100).startswith(b"HTTP/1.1 100 "), "it is being read"
         gateway.process.terminate()
         return receive(connection)
+
+
+def without_store(scene: Scene) -> httpx.Response:
+    """An object store that does not answer."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "ENDPOINT_URL": f"http://127.0.0.1:{free_port()}",
+            "ALLOW_HTTP": "true",
+            "ACCESS_KEY_ID": "access-key",
+            "SECRET_ACCESS_KEY": "secret-key",
+            "REGION": "eu-central-1",
+        }.items():
+            patch.setenv(f"AWS_{name}", value)
+        patch.delenv("PYTHONPATH")  # `without_obstore`
+        gateway = GatewayProcess(scene.triton, scene.folder / "store.log", image_hosts="s3://parcels")
+    with gateway:
+        wait_for(gateway.is_ready)
+        return http.post(f"{gateway.url}/v1/predict", json={"image_url": "s3://parcels/a.jpg"}, timeout=60)
 
 
 def broken(_: Scene) -> httpx.Response:
@@ -182,7 +202,9 @@ CASES: dict[str, Callable[[Scene], httpx.Response]] = {
     "url_not_allowed": lambda scene: located(scene, "https://example.com/a.jpg"),
     "fetch_unsupported": lambda scene: located(scene, f"{scene.web}/page"),
     "fetch_too_large": lambda scene: located(scene, f"{scene.web}/large"),
-    "fetch_failed": lambda scene: located(scene, f"{scene.web}/gone"),
+    "fetch_refused": lambda scene: located(scene, f"{scene.web}/gone"),
+    "fetch_failed": lambda scene: located(scene, f"{scene.web}/busy"),
+    "fetch_store_failed": without_store,
     "fetch_timeout": lambda scene: located(scene, f"{scene.web}/never"),
     "fetch_not_installed": lambda scene: located(scene, "s3://parcels/a.jpg"),
     **{code: lambda scene, code=code: spoilt(scene, code) for code in FAULTS},

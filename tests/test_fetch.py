@@ -16,6 +16,7 @@ import trustme
 from gateway.errors import Failure
 from gateway.fetch import objects
 from gateway.fetch.fetcher import Fetcher
+from gateway.fetch.location import parse
 from gateway.memory import Memory
 from gateway.settings import Settings
 from tests.conftest import GatewayProcess, http, wait_for
@@ -133,18 +134,48 @@ def test_a_picture_by_location_is_answered_like_one_that_was_sent(
 
 
 @pytest.mark.parametrize(
-    ("path", "code"), [("/none", "image_empty"), ("/gone", "fetch_failed"), ("/page", "fetch_unsupported")]
+    ("path", "code"),
+    [
+        ("/none", "image_empty"),
+        ("/page", "fetch_unsupported"),
+        ("/204 No Content", "fetch_refused"),
+        ("/403 Forbidden", "fetch_refused"),
+        ("/410 Gone", "fetch_refused"),
+        ("/429 Too Many Requests", "fetch_failed"),
+        ("/503 Service Unavailable", "fetch_failed"),
+    ],
 )
 def test_what_is_no_picture_is_a_problem(fetching: GatewayProcess, plain: Server, path: str, code: str) -> None:
-    plain.answers.update(
-        {
-            "/none": response(b""),
-            "/gone": response(b"", status="410 Gone"),
-            "/page": response(b"<html>", kind="text/html"),
-        }
-    )
-    url = f"http://photos.test:{plain.port}{path}"
-    assert_problem(http.post(f"{fetching.url}/v1/predict", json={"image_url": url}, timeout=60), code)
+    place = path.replace(" ", "-")
+    kinds = {"/none": response(b""), "/page": response(b"<html>", kind="text/html")}
+    plain.answers[place] = kinds.get(path) or response(b"", "Retry-After: 600", status=path[1:])
+    url = f"http://photos.test:{plain.port}{place}"
+    answer = http.post(f"{fetching.url}/v1/predict", json={"image_url": url}, timeout=60)
+    assert_problem(answer, code)
+    assert answer.headers.get("Retry-After") == ("60" if code == "fetch_failed" else None)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("", "it is empty"),
+        ("images/parcel.jpg", "does not begin with https://"),
+        ("ftp://photos.test/x", "its scheme"),
+        ("https://user:secret@photos.test/x", "a user or a password"),
+        ("https:///x", "no host"),
+        ("https://photos.test:99999999/x", "its port"),
+        ("https://photos.test:/x", "its port"),
+        ("https://m\u00fcnchen.test/x", "characters that no host name has"),
+        ("https://photos.test/a b", "' ' has to be percent-encoded"),
+        ("https://photos.test/100%.jpg", "'%' has to be percent-encoded"),
+        ("https://photos.test/x#top", "a fragment"),
+        ("https://photos.test/" + "x" * 5000, "longer than 4,096 characters"),
+    ],
+)
+def test_what_is_wrong_with_a_location_is_said(url: str, said: str) -> None:
+    with pytest.raises(Failure, match=f"url_invalid: .*{said}") as caught:
+        parse(url)
+    assert "secret" not in caught.value.detail
 
 
 def test_where_a_name_leads_is_not_told(fetching: GatewayProcess, plain: Server) -> None:
@@ -297,10 +328,10 @@ def test_an_object_is_fetched_with_the_credentials_of_the_process(store: Server,
 @pytest.mark.parametrize(
     ("url", "code"),
     [
-        ("s3://parcels/none", "fetch_failed"),
-        ("s3://parcels/denied", "fetch_failed"),
-        ("s3://parcels/broken", "fetch_failed"),
-        ("gs://parcels/none", "fetch_failed"),
+        ("s3://parcels/none", "fetch_refused"),
+        ("s3://parcels/denied", "fetch_store_failed"),
+        ("s3://parcels/broken", "fetch_store_failed"),
+        ("gs://parcels/none", "fetch_refused"),
         ("s3://parcels/large", "fetch_too_large"),
         ("gs://parcels/large", "fetch_too_large"),
         ("s3://parcels/slow", "fetch_timeout"),

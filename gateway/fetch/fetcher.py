@@ -62,7 +62,7 @@ class Fetcher:
             if isinstance(answer, bytes):
                 return answer
             location = self._redirected(location, answer.location)
-        raise Failure("fetch_failed", f"more than {MAX_REDIRECTS} redirects")
+        raise Failure("fetch_refused", f"more than {MAX_REDIRECTS} redirects")
 
     async def _get(self, location: Web, taken: Taken) -> bytes | web.Redirect:
         """Look the host up once, check every address, and connect to these."""

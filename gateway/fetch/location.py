@@ -87,7 +87,7 @@ def parse_web(text: str) -> Web:
     """
     match = _URL.fullmatch(text) if len(text) <= MAX_LENGTH else None
     if match is None:
-        raise _invalid("not an absolute https URL as it is taken here")
+        raise _invalid(_fault(text))
     scheme = match["scheme"].lower()
     host, address = _host(match["host"].lower())
     port = int(match["port"] or DEFAULT_PORTS[scheme])
@@ -95,6 +95,31 @@ def parse_web(text: str) -> Web:
         raise _invalid("there is no such port")
     target = match["target"]
     return Web(scheme, host, port, target if target.startswith("/") else f"/{target}", address)
+
+
+def _fault(text: str) -> str:
+    """What keeps a text from being a URL that is taken."""
+    if len(text) > MAX_LENGTH:
+        return f"it is longer than {MAX_LENGTH:,} characters"
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return "it does not begin with https://" if text else "it is empty"
+    if scheme.lower() not in DEFAULT_PORTS:
+        return "its scheme is none of https, http, s3, gs"
+    authority = re.split(r"[/?#\\]", rest, maxsplit=1)[0]
+    host, _, port = authority.rpartition(":") if re.search(r":[^\]]*$", authority) else (authority, "", "80")
+    if "@" in authority:
+        return "it has a user or a password"
+    if not host:
+        return "it has no host"
+    if not re.fullmatch(r"[1-9][0-9]{0,4}", port, re.ASCII):
+        return "its port is no number from 1 to 65535"
+    if re.search(r"[^A-Za-z0-9.:\[\]-]", host):
+        return "its host has characters that no host name has (an international name is written as xn--...)"
+    if "#" in rest:
+        return "it has a fragment (#)"
+    odd = re.search(rf"%(?![0-9A-Fa-f]{{2}})|(?!{_PCHAR}|[/?]|%).", rest[len(authority) :], re.ASCII | re.DOTALL)
+    return f"{odd[0]!r} has to be percent-encoded" if odd else "it is not an absolute https URL as it is taken here"
 
 
 def _host(text: str) -> tuple[str, Address | None]:

@@ -9,6 +9,7 @@ The endpoint is trusted: obstore goes where it redirects to.
 from __future__ import annotations
 
 import functools
+import logging
 from typing import TYPE_CHECKING
 
 from gateway.errors import Failure
@@ -18,15 +19,19 @@ from gateway.fetch.taken import Taken
 if TYPE_CHECKING:
     from obstore.store import GCSStore, S3Store
 
+_METADATA = "169.254.169.254"
+"""Where credentials are looked for last: in the cloud that this runs in."""
+logger = logging.getLogger("gateway.fetch")
+
 
 async def get(location: StoredObject, taken: Taken) -> bytes:
     """Fetch into `taken`. The caller limits the time.
 
     Raises:
-        Failure: fetch_failed, fetch_too_large, fetch_not_installed or overloaded.
+        Failure: fetch_refused, fetch_store_failed, fetch_too_large, fetch_not_installed or overloaded.
     """
     try:
-        from obstore.exceptions import BaseError
+        from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
     except ModuleNotFoundError as error:
         raise Failure("fetch_not_installed", f"{location.scheme}:// needs the package obstore") from error
     try:
@@ -35,10 +40,15 @@ async def get(location: StoredObject, taken: Taken) -> bytes:
         async for chunk in found.stream(min_chunk_size=2**16):
             taken.write(memoryview(chunk))
     except FileNotFoundError as error:
-        raise Failure("fetch_failed", f"{location.origin} has no such object") from error
+        raise Failure("fetch_refused", f"{location.origin} has no such object") from error
+    except (PermissionDeniedError, UnauthenticatedError) as error:
+        why = "this service may not read it, or there is no such object"
+        raise Failure("fetch_store_failed", f"{location.origin}: {why}") from error
     except (BaseError, OSError) as error:
-        # Its message names the endpoint and more: not for clients.
-        raise Failure("fetch_failed", f"{location.origin} did not give the object ({type(error).__name__})") from error
+        # Its message names the endpoint and more: for the log alone.
+        logger.warning("object store", extra={"fields": {"bucket": location.origin, "error": str(error)[:500]}})
+        why = "no credentials for it" if _METADATA in str(error) else "it cannot be reached, or failed"
+        raise Failure("fetch_store_failed", f"{location.origin}: {why}") from error
     return taken.all()
 
 

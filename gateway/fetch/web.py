@@ -25,6 +25,10 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _NO_CONNECTION = (httpcore.NetworkError, httpcore.TimeoutException)
 
 
+_LATER = {408, 425, 429}
+"""Not the location's fault: the same request may be answered later."""
+_MAX_RETRY_AFTER_S = 60
+
 _PICTURE = re.compile(r"image/[a-z0-9.+-]+|(?:application|binary)/octet-stream")  # the last is S3's default
 
 
@@ -39,7 +43,7 @@ async def get(location: Web, addresses: Sequence[Address], tls: ssl.SSLContext, 
     """Fetch into `taken`. The certificate must be the host's. The caller limits the time.
 
     Raises:
-        Failure: fetch_failed, fetch_unsupported, fetch_too_large or overloaded.
+        Failure: fetch_refused, fetch_failed, fetch_unsupported, fetch_too_large or overloaded.
     """
     host, scheme, target = (part.encode("ascii") for part in (location.host, location.scheme, location.target))
     headers: dict[bytes | str, bytes | str] = {
@@ -71,7 +75,7 @@ async def _read(location: Web, response: httpcore.Response, taken: Taken) -> byt
     if response.status in _REDIRECTS and "location" in headers:
         return Redirect(headers["location"])
     if response.status != 200:
-        raise Failure("fetch_failed", f"{location.origin} answered with status {response.status}")
+        raise _refusal(location, response.status, headers.get("retry-after", ""))
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if not _PICTURE.fullmatch(kind):
         raise Failure("fetch_unsupported", f"{location.origin} sent {kind[:64] or 'no content type'}, not image/*")
@@ -83,6 +87,15 @@ async def _read(location: Web, response: httpcore.Response, taken: Taken) -> byt
     async for chunk in response.aiter_stream():
         taken.write(chunk)
     return taken.all()
+
+
+def _refusal(location: Web, status: int, retry_after: str) -> Failure:
+    """What an answer without a picture means: that there is none to be had, or none now."""
+    answered = f"{location.origin} answered with status {status}"
+    if status < 500 and status not in _LATER:
+        return Failure("fetch_refused", answered)
+    seconds = int(retry_after) if retry_after.isascii() and retry_after.isdigit() else 0
+    return Failure("fetch_failed", answered, min(seconds, _MAX_RETRY_AFTER_S) or None)
 
 
 class _Pinned(httpcore.AnyIOBackend):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from tests.ssrf.nameserver import FAILURE, SILENCE, Records
 
-INVALID, REFUSED, FAILED = "url_invalid", "url_not_allowed", "fetch_failed"
+INVALID, REFUSED, FAILED, GONE = "url_invalid", "url_not_allowed", "fetch_failed", "fetch_refused"
 UNSUPPORTED, TOO_LARGE, TIMEOUT = "fetch_unsupported", "fetch_too_large", "fetch_timeout"
 
 # http://photos.test:{port} is listed, and every loopback address is permitted: only reading the text stands between
@@ -246,7 +246,7 @@ REDIRECTS: dict[str, tuple[str, str]] = {
     "decimal": ("http://2130706434:{port}/", INVALID),
     "hexadecimal": ("http://0x7f.2:{port}/", INVALID),
     "relative to the scheme": ("//127.0.0.2:{port}/", REFUSED),
-    "three slashes": ("///127.0.0.2:{port}/", FAILED),
+    "three slashes": ("///127.0.0.2:{port}/", GONE),
     "backslashes": ("\\\\127.0.0.2:{port}/", INVALID),
     "a slash and a backslash": ("/\\127.0.0.2:{port}/", INVALID),
     "backslashes behind the scheme": ("http:\\\\127.0.0.2:{port}/", INVALID),
@@ -262,9 +262,9 @@ REDIRECTS: dict[str, tuple[str, str]] = {
     "gopher": ("gopher://127.0.0.2:{port}/_x", INVALID),
     "data": ("data:image/png;base64,AAAA", INVALID),
     "a bucket": ("s3://parcels/key.jpg", INVALID),
-    "itself": ("/itself", FAILED),
-    "the first of four": ("/chain-2", FAILED),
-    "the first of a ring": ("/ring-2", FAILED),
+    "itself": ("/itself", GONE),
+    "the first of four": ("/chain-2", GONE),
+    "the first of a ring": ("/ring-2", GONE),
     "private in the end": ("/hop-2", REFUSED),
     "nowhere": ("", INVALID),
 }  # fmt: skip
