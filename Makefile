@@ -6,7 +6,7 @@ DATA ?= ../shared/data/parcels
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve rollback test fuzz lint export openapi train perf perf-drops perf-tools
+.PHONY: help setup serve rollback key test fuzz lint export openapi train perf perf-drops perf-tools
 .PHONY: bench bench-contenders contenders soak overload tune chaos lock clean
 
 help: ## List the targets
@@ -25,6 +25,10 @@ serve: setup ## Run Triton and the gateway; Ctrl-C stops both
 
 rollback: setup ## End the canary, or go back to the release before the stable one, or to TO=name; FORWARD=1 undoes it
 	@$(RUN) -m gateway.rollback $(if $(TO),--to $(TO)) $(if $(FORWARD),--forward)
+
+key: setup ## Make an API key for NAME in KEYS=access/keys.toml, shown once; EXPIRES=2027-01-31 ends it
+	@test -n "$(NAME)" || { echo "say for whom: make key NAME=scanner" >&2; exit 2; }
+	@$(RUN) -m gateway.keys new $(NAME) $(if $(EXPIRES),--expires $(EXPIRES)) >> $(or $(KEYS),access/keys.toml)
 
 test: setup export perf-tools ## Run all tests, WORKERS=2 at a time but for those that want the machine to themselves
 	$(RUN) -m pytest -m 'not alone' -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -20,6 +20,8 @@ from gateway.keys import ApiKeys
 from gateway.metrics import Metrics
 from gateway.settings import Settings
 
+logger = logging.getLogger("gateway")
+
 
 def _settings_table() -> str:
     rows = []
@@ -45,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(create_app(settings).openapi(), indent=2, ensure_ascii=False))
         return 0
     logs.configure(settings.log_level)
+    for name, meant in Settings.unknown().items():
+        logger.warning("no such setting", extra={"fields": {"variable": name, "did_you_mean": meant}})
     try:
         keys = ApiKeys.of(settings)
         require_safe(settings, keys)
@@ -85,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    logging.getLogger("gateway").info("starting", extra={"fields": fields})
+    logger.info("starting", extra={"fields": fields})
     server.run()
     return 0 if server.started else 1
 

@@ -22,7 +22,7 @@ OPENAPI_SECURITY: list[dict[str, list[str]]] = [{}, {"X-API-Key": []}, {"Bearer"
 
 @dataclass(frozen=True)
 class Client:
-    """Who asks. `rate` is what the key allows, in requests a second; None: as the settings say."""
+    """Who asks. `rate` is what the key allows, in pictures a second; None: as the settings say."""
 
     name: str
     rate: float | None = None
@@ -79,7 +79,7 @@ def require_safe(settings: Settings, keys: ApiKeys) -> None:
         return
     raise ValueError(
         f"{reached_at} can be reached from other machines, and there are no API keys: set GATEWAY_API_KEYS_FILE "
-        "(python -m gateway.keys makes a key), or GATEWAY_ALLOW_ANONYMOUS=true to answer everybody"
+        "('make key NAME=scanner' makes one), or GATEWAY_ALLOW_ANONYMOUS=true to answer everybody"
     )
 
 

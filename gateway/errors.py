@@ -194,7 +194,7 @@ PROBLEMS: dict[str, Kind] = {
         "service", "admission", True, 1,
     ),
     "rate_limited": Kind(
-        429, "More requests than this key may send", "Slow down; try again after Retry-After.",
+        429, "More pictures than this key may send", "Slow down; try again after Retry-After.",
         "client", "admission", True, 1,
     ),
     "client_gone": Kind(

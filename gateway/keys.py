@@ -1,7 +1,7 @@
 """API keys: whose they are, kept as hashes, from a file that is followed and from the environment.
 
 A key is 256 random bits, so a plain SHA-256 keeps it: there is no dictionary to try, and a slow hash, made for
-passwords, would only let callers spend our processor time. `python -m gateway.keys new NAME` makes one.
+passwords, would only let callers spend our processor time. `make key NAME=scanner` makes one.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from gateway.settings import Settings
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _EPILOG = """example:
-  python -m gateway.keys new scanner >> access/keys.toml
+  python -m gateway.keys new scanner >> access/keys.toml        (make key NAME=scanner)
 
 The key is shown once, on standard error; the file gets its hash. A client may have several keys: to rotate one, add
 the new one, hand it over, and remove the old one. The gateway follows the file (GATEWAY_API_KEYS_FILE)."""
 
 
 class Key(Table):
-    """One key of a client. `expires` ends it (a date: at its first moment, UTC); `rate` is in requests a second."""
+    """One key of a client. `expires` ends it (a date: at its first moment, UTC); `rate` is in pictures a second."""
 
     client: Annotated[str, Field(pattern=rf"^{_NAME.pattern}$")]
     sha256: Annotated[str, Field(pattern=rf"^{_HASH.pattern}$")]
@@ -68,7 +68,7 @@ class ApiKeys:
         if path:
             self.file = FollowedFile[tuple[Key, ...]](path, (), _read, _clients, "keys")
             if self.file.error or not path.exists():
-                raise ValueError(self.file.error or f"{path} is missing: 'python -m gateway.keys' makes keys")
+                raise ValueError(self.file.error or f"{path} is missing: 'make key NAME=scanner' makes a key")
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not _NAME.fullmatch(options.client):
         parser.error(f"{options.client!r} is no name: letters, digits, . _ -, up to 64")
     key = f"gwk_{secrets.token_urlsafe(32)}"
-    print(f"{options.client}: {key}\nIt is not shown again; the file gets the lines below.", file=sys.stderr)
+    print(f"{options.client}: {key}\nIt is not shown again.", file=sys.stderr)
     print(f'\n[[keys]]\nclient = "{options.client}"\nsha256 = "{hash_of(key)}"')
     if options.expires:
         print(f"expires = {options.expires}")

@@ -1,4 +1,4 @@
-"""How many requests a second each client may send: a token bucket a client, filled at the client's own rate."""
+"""How many pictures a second each client may send: a token bucket a client, filled at the client's own rate."""
 
 from __future__ import annotations
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -22,11 +25,17 @@ Addresses = Annotated[
 ]
 
 
+_PREFIX = "GATEWAY_"
+_LINK = re.compile(r"(tcp|udp)://")
+_SERVICE = re.compile(r"GATEWAY_(\w+_)?(SERVICE_(HOST|PORT)\w*|PORT(_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)?)")
+"""What Kubernetes sets in every container for services whose names begin with `gateway`."""
+
+
 class Settings(BaseSettings):
     """Defaults are safe for one machine: loopback only, bounded sizes and times."""
 
     model_config = SettingsConfigDict(
-        env_prefix="GATEWAY_", env_ignore_empty=True, frozen=True, use_attribute_docstrings=True
+        env_prefix=_PREFIX, env_ignore_empty=True, frozen=True, use_attribute_docstrings=True
     )
 
     host: str = "127.0.0.1"
@@ -40,7 +49,7 @@ class Settings(BaseSettings):
     cors_origins: str = Field(default="", pattern=r"^(\*|https?://[^\s/,]+( *, *https?://[^\s/,]+)*)?$")
     """Web pages that may ask from a browser: their origins, as https://desk.example.com, or *. None: no others."""
     api_keys_file: Path | None = None
-    """File with API keys (`python -m gateway.keys` makes one); followed."""
+    """File with API keys (`make key NAME=scanner` makes one); followed."""
     api_keys: str = ""
     """API keys beside those of the file: name:sha256, separated by commas."""
     allow_anonymous: bool = False
@@ -153,4 +162,17 @@ class Settings(BaseSettings):
             problems = [
                 f"GATEWAY_{'_'.join(map(str, e['loc'])).upper()}={e['input']!r}: {e['msg']}" for e in error.errors()
             ]
+            if _LINK.match(os.environ.get("GATEWAY_PORT", "")):
+                problems.append("Kubernetes sets that for a service named gateway: enableServiceLinks: false stops it")
             raise SystemExit("gateway: " + "; ".join(problems)) from None
+
+    @classmethod
+    def unknown(cls) -> dict[str, str]:
+        """Variables that look like settings and are none, and what each may be meant for (empty: nobody knows)."""
+        found = {}
+        for variable in sorted(os.environ):
+            prefix, name = variable[: len(_PREFIX)].upper(), variable[len(_PREFIX) :].lower()
+            if prefix == _PREFIX and name not in cls.model_fields and not _SERVICE.fullmatch(variable):
+                close = get_close_matches(name, cls.model_fields, n=1)
+                found[variable] = f"{_PREFIX}{close[0].upper()}" if close else ""
+        return found

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import socket
 import ssl
 import subprocess
@@ -204,7 +205,7 @@ def test_it_says_so_in_one_line_and_starts_once_that_is_meant(tmp_path: Path) ->
 
 
 def test_keys_that_cannot_be_used_stop_the_start_and_are_not_shown(tmp_path: Path) -> None:
-    assert "missing.toml is missing: 'python -m gateway.keys' makes keys" in refusal(
+    assert "missing.toml is missing: 'make key NAME=scanner' makes a key" in refusal(
         api_keys_file=tmp_path / "missing.toml"
     )
     (tmp_path / "bad.toml").write_text("[[keys]]\nclient = 'x'\n")
@@ -274,7 +275,43 @@ def test_make_serve_proves_itself_with_keys_and_tls_too(
         wait_for(lambda: is_listening(gateway.url))
         with pytest.raises(TritonFailed, match="triton_unavailable"):  # so it was let in
             gateway.predict(SAMPLE, timeout=4)
+        command = shlex.split(gateway.example(SAMPLE))
+        shown = [part.replace("$KEY", "k") for part in command]
+        answer = subprocess.run([*shown, "--silent"], capture_output=True, text=True, check=True).stdout
+        assert json.loads(answer)["code"] == "triton_unavailable"
     assert gateway.url.startswith("https://")
+
+
+def test_a_variable_that_is_no_setting_is_named(tmp_path: Path) -> None:
+    """But not those that Kubernetes sets for the service itself."""
+    linked = {"service_host": "10.0.0.1", "service_port_http": "80", "port_8080_tcp_addr": "10.0.0.1"}
+    with GatewayProcess(free_endpoint(), tmp_path / "log", deadlines_s=5, group_byte=1, colour="red", **linked):
+        pass
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    named = {line["variable"]: line["did_you_mean"] for line in lines if line["message"] == "no such setting"}
+    assert named == {
+        "GATEWAY_DEADLINES_S": "GATEWAY_DEADLINE_S",
+        "GATEWAY_GROUP_BYTE": "GATEWAY_GROUP_BYTES",
+        "GATEWAY_COLOUR": "",
+    }
+    assert "enableServiceLinks: false" in refusal(port="tcp://10.0.0.1:80")
+
+
+def test_make_key_appends_a_key_that_is_let_in(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    for name in ("scanner", "router"):
+        made = subprocess.run(
+            ["make", "key", f"NAME={name}", f"KEYS={file}"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        key = re.search(rf"{name}: (gwk_\S+)", made.stderr)
+        assert key
+        keys = ApiKeys.of(Settings(api_keys_file=file))
+        assert keys.owner(key[1]).client == name
+    before = file.read_text()
+    for wrong in ([], ["NAME=not a name"], ["NAME=x", "EXPIRES=soon"]):
+        run = subprocess.run(["make", "key", f"KEYS={file}", *wrong], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode != 0
+    assert file.read_text() == before
 
 
 # ---- headers ----

@@ -123,6 +123,16 @@ class Gateway(Child):
         scheme = "https" if os.environ.get("GATEWAY_TLS_CERTIFICATE") else "http"
         self.url = f"{scheme}://{address}:{port}"
 
+    def example(self, picture: Path) -> str:
+        """A command that sends a picture. It has no key in it: that of this process goes when it ends."""
+        parts = ["curl"]
+        if self.url.startswith("https:"):
+            parts.append("--insecure")  # the certificate need not name this address
+        if "X-API-Key" in self._headers:
+            parts.append('-H "X-API-Key: $KEY"')
+        parts.append(f"-H 'Content-Type: image/jpeg' --data-binary @{picture} {self.url}/v1/predict")
+        return " ".join(parts)
+
     def predict(self, picture: Path, timeout: float) -> dict:
         """Send one picture until it is answered.
 
@@ -163,6 +173,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    if "GATEWAY_TRITON_URLS" in os.environ:
+        raise Missing(
+            "GATEWAY_TRITON_URLS names Tritons that run elsewhere, and this starts one of its own: unset it, or start "
+            "a gateway alone with 'python -m gateway'"
+        )
     address, port = os.environ.get("GATEWAY_HOST", "127.0.0.1"), port_from_environment("GATEWAY_PORT", 8080)
     check_port(address, port, "GATEWAY_PORT")
     repository = ["--repository", str(options.repository.resolve())]
@@ -177,10 +192,7 @@ def _serve(options: argparse.Namespace) -> int:
             answer = gateway.predict(SAMPLE, timeout=30)
             print(f"{answer['model_version']}: {SAMPLE.name} is {answer['label']} ({answer['confidence']:.2f})")
             print(f"ready: {gateway.url}")
-            sample = SAMPLE.relative_to(ROOT)
-            print(
-                f"try: curl -H 'Content-Type: image/jpeg' --data-binary @{sample} {gateway.url}/v1/predict", flush=True
-            )
+            print(f"try: {gateway.example(SAMPLE.relative_to(ROOT))}", flush=True)
             parts: dict[str, Part] = {"triton": triton, "gateway": gateway, "watcher": watcher}
             return Supervisor(parts, spare={"watcher"}).run()  # what is dropped may end it; what answers goes on
 
