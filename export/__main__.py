@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 import contract
-from export import candidate, diff, doctor, graph, half, quantize, release, retire, status, watch
+from export import candidate, diff, doctor, graph, release, retire, status, watch
 from export.exam import Report
 from export.release import Refused
 from export.repository import Candidate, Repository, RepositoryError
@@ -113,6 +113,8 @@ def _run(arguments: list[str]) -> int:
         if options.if_missing and repository.is_complete(options.pipeline):
             return 0
         if options.precision == "fp16" or (options.onnx and graph.uses_half(candidate.read_onnx(options.onnx))):
+            from export import half
+
             examiner = replace(examiner, rules=half.rules(examiner.rules))
         if options.to:
             built = _built(options, repository, report)
@@ -139,9 +141,14 @@ def _built(options: argparse.Namespace, repository: Repository, report: Report) 
     else:
         folder = options.checkpoint or options.default_checkpoint
         built = candidate.from_checkpoint(folder, options.pipeline, repository, report)
+    # Imported where they are needed: what is behind them takes most of a second, also of `status` and `watch`.
     if options.calibration:
+        from export import quantize
+
         built = quantize.int8(built, options.calibration, report)
     if options.precision == "fp16":
+        from export import half
+
         built = half.fp16(built, options.data or options.golden, report)
     return built
 

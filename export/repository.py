@@ -401,7 +401,7 @@ class Repository:
         releases = self.releases(pipeline)
         if self._unsound(pipeline) or not {release.name for release in releases} <= self._recorded().keys():
             with Staging.beside(self.root) as staging:
-                done |= dict.fromkeys(self._record(staging, releases), "knows all releases")
+                self._record(staging, releases)
                 done |= self._show_what_is_sound(staging, pipeline)
         return done
 

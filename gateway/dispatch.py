@@ -47,6 +47,9 @@ _RECENT = 0.2
 _PATIENCE = 0.1
 """For so much of what a call takes, a call waits for more pictures while Triton has others to work on: clients that
 were answered together ask again one by one, and would each get a call of their own."""
+_SLOWER = 1.01
+"""By which the quickest call grows with each one, so that a server that becomes slower is believed at some time."""
+_TRY_AGAIN_S = 1.0
 _CAUTION = 1.5
 """So many times longer than expected an answer may take: who is let in on the edge is answered late as often as not."""
 
@@ -89,6 +92,10 @@ class Lane:
         """How long a call takes."""
         self._answered_s = 0.0
         """The same, of those that were answered."""
+        self._quickest_s = 0.0
+        """The same, of the quickest of late."""
+        self._tried_at = 0.0
+        """When a request last had less time than that, and was let in nevertheless."""
         self._picture_s = 0.0
         """The same, for each of its pictures."""
         self.trials = 0
@@ -148,6 +155,16 @@ class Lane:
         """Whether a call made now is expected to end after the deadline. Never where that could not be found out."""
         return bool(self.calls) and time.monotonic() + self.call_s > waiting.deadline
 
+    def is_hopeless(self, left: float) -> bool:
+        """Whether no answer ever came within so many seconds. Now and then one request may find out that it can."""
+        now = time.monotonic()
+        if left >= self._quickest_s:
+            return False
+        if now - self._tried_at > _TRY_AGAIN_S:
+            self._tried_at = now
+            return False
+        return True
+
     def learn(self, call: Call) -> None:
         """A call ended. One that was given up would have taken longer still."""
         now = time.monotonic()
@@ -158,6 +175,7 @@ class Lane:
         self.call_s += weight * (seconds - self.call_s)
         if not call.is_given_up:
             self._answered_s += weight * (seconds - self._answered_s)
+            self._quickest_s = min(seconds, self._quickest_s * _SLOWER or seconds)
         self._picture_s += weight * (seconds / len(call.group) - self._picture_s)
         knee = self.knees[call.replica]
         if call.had_to_wait:
@@ -210,7 +228,11 @@ class Dispatcher:
         if left <= 0:
             raise _over()
         lane = self._lanes.get(release)
-        if lane is None or not lane.line:
+        if lane is None:
+            return
+        if lane.is_hopeless(left):
+            raise _too_late(lane.call_s, left)
+        if not lane.line:
             return
         expected = lane.expected(client, self._fleet.available())
         if self._is_full(lane, 1) and lane.line.last_of_longer(client) is None:

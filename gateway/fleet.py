@@ -16,7 +16,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import grpc
@@ -56,6 +56,13 @@ class Suspicion:
     is_confirmed: bool = False
     pause_s: float = 0.0
     """Until the next golden picture."""
+    at_once: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set to end that pause."""
+
+    def begin_again(self) -> None:
+        """What was true of the server is not any more: find out anew, and have who comes now wait for that."""
+        self.since, self.is_confirmed, self.pause_s = time.monotonic(), False, 0.0
+        self.at_once.set()
 
 
 class Shunned:
@@ -230,6 +237,9 @@ class Replica:
         self._misses, self.is_late = 0, False
         if not was_available:
             logger.info("replica back", extra={"fields": {"replica": self.url}})
+            for suspicion in self.suspicions.values():
+                suspicion.begin_again()
+                self._remind()
         if not self.has_joined and self.releases.active() and not self.releases.untried():
             self.has_joined = True
         self._on_change()
@@ -251,12 +261,17 @@ class Replica:
     def _doubt(self, release: str, reason: str) -> None:
         suspicion = self.suspicions[release] = Suspicion(release, reason, time.monotonic())
         self._tasks.repeat("try a suspected release", partial(self._try, suspicion))
-        # Who waits then has waited long enough.
+        self._remind()
+
+    def _remind(self) -> None:
+        """Who waits once patience is over has waited long enough."""
         asyncio.get_running_loop().call_later(self._settings.patience_s, self._on_change)
 
     async def _try(self, suspicion: Suspicion) -> bool:
         """Try once more what failed; returns whether that is over."""
-        await asyncio.sleep(suspicion.pause_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(suspicion.at_once.wait(), suspicion.pause_s)
+        suspicion.at_once.clear()
         suspicion.pause_s = min(_PROBE_SELDOM_S, max(_PROBE_EVERY_S, 2 * suspicion.pause_s))
         if not self.is_available or not await self._answers(suspicion):
             return False

@@ -116,7 +116,8 @@ def test_a_release_that_triton_came_back_without_is_not_called_ready(pair: Path,
         with TritonServer(pair, endpoint):
             wait_for(lambda: "does not have it" in described(gateway)["defect-v2"][1])
             wait_for(lambda: described(gateway)["defect-v1"] == ("ready", ""))
-            assert predict(gateway, jpeg).json()["model_version"] == "defect-v1"
+            answer = predict(gateway, jpeg).json()
+            assert answer.get("model_version") == "defect-v1", answer
             assert predict(gateway, jpeg).json()["route"] == "stable"
 
 

@@ -448,3 +448,18 @@ def test_the_room_is_made_by_who_has_the_most_of_it() -> None:
     assert last.request_id == "a3"
     assert waiting.last_of_longer("b") is not None
     assert waiting.last_of_longer("a") is None
+
+
+def test_who_gives_less_time_than_any_answer_takes_is_told_so_at_once(lab: Callable[..., None], jpeg: bytes) -> None:
+    async def work(lab: Lab) -> None:
+        for _ in range(5):
+            await lab.ask(jpeg)
+        outcomes = [await outcome(lab.ask(jpeg, within=0.001)) for _ in range(20)]
+        assert set(outcomes) <= {"overloaded", "deadline_exceeded"}
+        assert outcomes.count("overloaded") > 10
+        lane = lab.dispatcher._lanes[RELEASE]
+        lane._quickest_s, lane._tried_at = 60.0, 0.0  # as if the first call of all had been slow
+        assert not isinstance(await outcome(lab.ask(jpeg)), str), "one finds out"
+        assert not isinstance(await outcome(lab.ask(jpeg)), str), "and the others profit"
+
+    lab(work)

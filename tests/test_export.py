@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from export import candidate, config, graph, reference
 from export.__main__ import main
 from export.config import Serving
-from export.repository import Candidate, Repository, RepositoryError
+from export.repository import RECORD, Candidate, Repository, RepositoryError
 from export.spec import Spec
 from export.steps import Step, load_module
 from tests.conftest import EXAMPLES, ROOT
@@ -160,7 +160,7 @@ def test_another_classifier_becomes_the_next_release_and_touches_no_other(reposi
     assert second.steps["preprocess"] == first.steps["preprocess"]
     assert second.steps["postprocess"] == first.steps["postprocess"]
     after = snapshot(repository)
-    assert {path for path in before if after[path] != before[path]} == {"defect_classifier/config.pbtxt"}
+    assert {path for path in before if after[path] != before[path]} == {"defect_classifier/config.pbtxt", RECORD}
     policy = config.parse((repository / "defect_classifier/config.pbtxt").read_text()).version_policy
     assert list(policy.specific.versions) == [1, 2]
 
@@ -200,9 +200,10 @@ def test_a_crash_at_any_point_hurts_no_release_and_running_again_finishes(
             monkeypatch.undo()
             break
         after = snapshot(repository)
-        assert all(after[path] == before[path] for path in before if path != "defect_classifier/config.pbtxt")
+        written = {"defect_classifier/config.pbtxt", RECORD}
+        assert all(after[path] == before[path] for path in before.keys() - written)
         steps = {"defect_preprocess", "defect_classifier", "defect_postprocess"}
-        assert {path.name for path in repository.iterdir()} <= {*steps, "defect-v1", "defect-v2"}
+        assert {path.name for path in repository.iterdir()} <= {*steps, "defect-v1", "defect-v2", RECORD}
         pinned = config.parse((repository / "defect_classifier/config.pbtxt").read_text()).version_policy.specific
         for version in pinned.versions:  # whatever Triton may see is complete
             onnx.checker.check_model(str(repository / "defect_classifier" / str(version) / "model.onnx"))
