@@ -6,7 +6,6 @@ import argparse
 import io
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -112,10 +111,6 @@ def _run(arguments: list[str]) -> int:
                 report(f"trouble: {pipeline}: {error}")
         if options.if_missing and repository.is_complete(options.pipeline):
             return 0
-        if options.precision == "fp16" or (options.onnx and graph.uses_half(candidate.read_onnx(options.onnx))):
-            from export import half
-
-            examiner = replace(examiner, rules=half.rules(examiner.rules))
         if options.to:
             built = _built(options, repository, report)
             options.to.write_bytes(built.steps["classifier"].files["model.onnx"])

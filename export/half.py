@@ -19,13 +19,10 @@ from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_floa
 
 from export import graph
 from export.candidate import ExportError, Report
-from export.exam import Rules
+from export.exam import HALF_DIFFERENCE
 from export.quantize import pictures, prepare, probabilities
 from export.repository import Candidate
 from export.steps import Step
-
-MAX_DIFFERENCE = 0.02
-"""Of a probability from fp32's."""
 
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -52,9 +49,9 @@ def fp16(candidate: Candidate, folder: Path, report: Report) -> Candidate:
     differences = np.abs(before - after)
     report(
         f"agrees with fp32 on {agreement:.3f} of {len(pixels)} pictures, "
-        f"largest difference {differences.max():.4f} (at most {MAX_DIFFERENCE:g})"
+        f"largest difference {differences.max():.4f} (at most {HALF_DIFFERENCE:g})"
     )
-    if not differences.max() <= MAX_DIFFERENCE:  # NaN is no answer either
+    if not differences.max() <= HALF_DIFFERENCE:  # NaN is no answer either
         raise ExportError(f"fp16 differs from fp32 by {differences.max():.3f}: stay with fp32")
     if not _GPU.exists():
         report("there is no GPU here: on the processor, fp16 is slower than fp32")
@@ -68,11 +65,6 @@ def fp16(candidate: Candidate, folder: Path, report: Report) -> Candidate:
             "mean_difference_to_fp32": round(float(differences.mean()), 4),
         },
     )
-
-
-def rules(given: Rules) -> Rules:
-    """The rules for fp16: processor time says nothing about a GPU, where rounding also goes another way."""
-    return given.model_copy(update={"max_cost": None, "tolerance": max(given.tolerance, MAX_DIFFERENCE)})
 
 
 def _require_range(model: ModelProto, pixels: Sequence[np.ndarray]) -> None:

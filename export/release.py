@@ -15,11 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import onnx
+from google.protobuf.message import DecodeError
 from rich.console import Console
 
 import contract
 from contract import Manifest
-from export import config, exam, rights
+from export import config, exam, graph, rights
 from export.atomic import Staging
 from export.exam import GOLDEN, Report, Rules, Verdict
 from export.examinee import Check
@@ -75,6 +77,7 @@ class Examiner:
         if self.repository.published(candidate):
             return self.repository.publish(candidate, self.serving, new=False)
         self.repository.require_fit(candidate, self.serving)
+        rules = self.rules.for_half() if _is_half(candidate) else self.rules
         with tempfile.TemporaryDirectory(prefix="exam-") as scratch:
             folders = {}
             for step, content in candidate.steps.items():
@@ -93,7 +96,7 @@ class Examiner:
                 data=self.data,
                 has_own_golden=self.golden.resolve() != GOLDEN or candidate.pipeline == "defect",
             )
-            outcome = exam.examine(subject, self.rules, report, force=self.force)
+            outcome = exam.examine(subject, rules, report, force=self.force)
         if not outcome.verdict.passed:
             raise Refused(outcome.verdict)
         passed = replace(
@@ -101,7 +104,7 @@ class Examiner:
             evaluation={**candidate.evaluation, **outcome.verdict.evaluation},
             exam=outcome.verdict.summary(),
             golden=outcome.golden,
-            tolerance=self.rules.tolerance,
+            tolerance=rules.tolerance,
         )
         return self.repository.publish(passed, self.serving)
 
@@ -176,6 +179,14 @@ class Examiner:
         if newest is None:
             return None
         return {step: self.repository.step_folder(pipeline, step, pin.version) for step, pin in newest.steps.items()}
+
+
+def _is_half(candidate: Candidate) -> bool:
+    """Whether the classifier computes in half precision, however it came here."""
+    try:
+        return graph.uses_half(onnx.load_from_string(candidate.steps["classifier"].files["model.onnx"]))
+    except (KeyError, DecodeError):
+        return False  # which the exam refuses
 
 
 def until_current(attempt: Callable[[], Published], report: Report) -> Published:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import RedirectResponse, Response
 from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -174,7 +175,9 @@ def create_app(
         failed = [result.problem.code for result in results if isinstance(result, schemas.BatchProblem)]
         request.state.log["items"], request.state.log["failed"] = len(results), dict(Counter(failed))
         body = schemas.BatchResponse(request_id=request_id, results=results)
-        return Response(body.model_dump_json(), 200, media_type="application/json")
+        total = round((time.monotonic() - request.state.started) * 1e3, 3)
+        headers = {"Server-Timing": views.server_timing({"total": total})}
+        return Response(body.model_dump_json(), 200, headers, "application/json")
 
     @app.get(
         "/v1/releases",
@@ -189,15 +192,18 @@ def create_app(
     @app.get(
         "/v1/releases/{name}/report",
         summary="How a release compares with the stable one",
-        responses=openapi_responses("unknown_release", *_ACCESS),
+        responses=openapi_responses("unknown_release", "retired_release", *_ACCESS),
         openapi_extra={"security": OPENAPI_SECURITY},
         operation_id="report",
     )
     async def report_route(name: str) -> schemas.Report:
         if service.releases.find(name) is None:
-            there = ", ".join(release.name for release in service.releases.known)
-            raise Failure("unknown_release", f"{name[:64]!r} is no release; there are {there or 'none'}")
+            raise service.router.not_there(name)
         return service.comparisons.report(name)
+
+    @app.get("/", include_in_schema=False)
+    async def root(request: Request) -> Response:
+        return RedirectResponse(f"{request.state.root}/docs")  # without a host: the client's own
 
     @app.get("/health/live", summary="Does the process run?", operation_id="live")
     async def live() -> schemas.Live:
@@ -277,6 +283,12 @@ def create_app(
     return app
 
 
+_HEADERS = {
+    "RequestID": {"schema": {"type": "string"}, "description": "The request's own X-Request-ID, or one made for it."},
+    "Timing": {"schema": {"type": "string"}, "description": "Where the time went, in milliseconds: read;dur=1.2, ..."},
+}
+
+
 def _complete_openapi(app: FastAPI, settings: Settings) -> None:
     """Add the schemas that routes refer to by name, and drop FastAPI's own error format, which is never sent."""
     generate = app.openapi
@@ -299,6 +311,11 @@ def _complete_openapi(app: FastAPI, settings: Settings) -> None:
                     responses = operation["responses"]
                     if "HTTPValidationError" in str(responses.get("422", "")):
                         del responses["422"]
+                    for response in responses.values():
+                        response.setdefault("headers", {})["X-Request-ID"] = {"$ref": "#/components/headers/RequestID"}
+                    if operation["operationId"].startswith("predict"):
+                        responses["200"]["headers"]["Server-Timing"] = {"$ref": "#/components/headers/Timing"}
+            document["components"]["headers"] = _HEADERS
             document["components"]["securitySchemes"] = OPENAPI_SCHEMES
             if settings.root_path:
                 document["servers"] = [{"url": settings.root_path}]

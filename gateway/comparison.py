@@ -24,7 +24,7 @@ class Comparison:
         self._compared = self._agreed = 0
         self._confusion: dict[str, Counter[str]] = {}
         self._sum = self._max = 0.0
-        self._most: list[tuple[float, int, schemas.Disagreement]] = []
+        self._most: list[tuple[tuple[bool, float], int, schemas.Disagreement]] = []
 
     def add(self, request_id: str, stable: Inference, this: Inference) -> bool:
         """Take in both answers to one request; returns whether the labels agree."""
@@ -40,7 +40,7 @@ class Comparison:
             request_id=request_id, stable=_judgement(stable), this=_judgement(this), difference=round(difference, 7)
         )
         # The counter keeps the heap from comparing entries, and the earlier of two equals in.
-        heapq.heappush(self._most, (difference, -self._compared, entry))
+        heapq.heappush(self._most, ((not agrees, difference), -self._compared, entry))
         if len(self._most) > _KEPT:
             heapq.heappop(self._most)
         return agrees

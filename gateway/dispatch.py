@@ -480,7 +480,8 @@ class Dispatcher:
         elif error.is_queue_full:  # by others than this gateway: each of the group alone would make it worse
             lane.knees[call.replica].full()
             for waiting in call.group:
-                _fail(waiting, Failure("overloaded", f"{call.replica.url}: {error.detail}", retry_after=lane.call_s))
+                said = f"{call.replica.url}: {error.detail}"
+                _fail(waiting, Failure("overloaded", "the queue of a step is full", lane.call_s, said))
         elif error.is_of_the_server:
             self._mark(lane, call, error)
             if error.is_broken_connection:

@@ -28,13 +28,15 @@ class Failure(Exception):
     """A request that cannot be answered. `code` is a key of `PROBLEMS`; `detail` says what was wrong this time.
 
     `retry_after` is the number of seconds after which to try again, where it is known better than the table has it.
+    `cause` is for the log alone: addresses of this network, what a server said.
     """
 
-    def __init__(self, code: str, detail: str, retry_after: float | None = None) -> None:
-        super().__init__(f"{code}: {detail}")
+    def __init__(self, code: str, detail: str, retry_after: float | None = None, cause: str = "") -> None:
+        super().__init__(": ".join(filter(None, [code, detail, cause])))
         self.code = code
         self.detail = detail
         self.retry_after = retry_after
+        self.cause = cause
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ PROBLEMS: dict[str, Kind] = {
         410, "The release was retired", "Pin one of those in the detail, or none.", "client", "route"
     ),
     "release_unavailable": Kind(
-        503, "The release is there, but may not answer now", "Pin another or none; the reason is in the detail.",
+        503, "The release is there, but may not answer now", "Pin another or none; /version says why.",
         "operator", "route", True, 5,
     ),
     "no_release": Kind(503, "No release of the model is ready", "Try again in a moment.", "operator", "route", True, 5),

@@ -385,8 +385,9 @@ class Fleet:
             except TritonError as error:
                 reasons[replica.url] = str(error)
         text = "; ".join(f"{url}: {reason}" for url, reason in reasons.items())
-        is_reached = any("is not ready" in reason for reason in reasons.values())
-        raise Failure("no_release" if is_reached else "triton_unavailable", text or self.faults())
+        if any("is not ready" in reason for reason in reasons.values()):
+            raise Failure("no_release", f"{release} answers on no server", cause=text)
+        raise Failure("triton_unavailable", "no server can be reached", cause=text or self.faults())
 
     def faults(self) -> str:
         """What is wrong with the replicas that get no calls."""

@@ -35,6 +35,7 @@ class FollowedFile(Generic[T]):
         self.path = path
         self.value = default
         self.error = ""
+        self._has_been_good = False
         self.since = _now()
         self._read_value, self._describe, self._name = read, describe, name
         self._logger = logging.getLogger(f"gateway.{name}")
@@ -63,9 +64,10 @@ class FollowedFile(Generic[T]):
         if isinstance(read, _Bad):
             self.error = str(read)
             fields = {"reason": self.error}
-            self._logger.warning(f"bad {self._name}, the last good one stays", extra={"fields": fields})
+            stays = "the last good one stays" if self._has_been_good else "there was no good one before"
+            self._logger.warning(f"bad {self._name}, {stays}", extra={"fields": fields})
             return
-        self.error = ""
+        self.error, self._has_been_good = "", True
         if read != self.value:
             self.value, self.since = read, _now()
         self._logger.info(self._name, extra={"fields": {self._name: self._describe(read)}})

@@ -186,7 +186,7 @@ def _unknown_field(item: dict[str, object]) -> str | None:
 
 
 def _one_pin(in_query: list[str], in_body: str | None) -> str | None:
-    pins = dict.fromkeys([*in_query, *([] if in_body is None else [in_body])])
+    pins = dict.fromkeys(filter(None, [*in_query, in_body]))  # `?model_version=` names none
     if len(pins) > 1:
         raise Failure(
             "invalid_request", f"model_version: {' and '.join(pin[:64] for pin in pins)} contradict each other"

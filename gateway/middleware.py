@@ -41,6 +41,8 @@ def problem_response(request: Request, failure: Failure) -> Response:
     request.state.log["code"] = failure.code
     if kind.fault != "client":
         request.state.log["detail"] = failure.detail
+        if failure.cause:
+            request.state.log["cause"] = failure.cause
     headers = {}
     if kind.step == "connection" or kind.status in (408, 413):
         headers["Connection"] = "close"  # what else comes is not read

@@ -26,6 +26,14 @@ _FAILURES = {
     grpc.StatusCode.UNAVAILABLE: "triton_unavailable",
     grpc.StatusCode.NOT_FOUND: "no_release",  # unknown, unloaded, or Triton is stopping
 }
+_SAID = {
+    "deadline_exceeded": "gave no answer in time",
+    "triton_unavailable": "cannot be reached on any server",
+    "no_release": "answers on no server",
+    "release_unavailable": "answers on no server",
+    "inference_failed": "failed on it",
+}
+"""To clients. What exactly a server said is in the log."""
 _FAULTS_OF_A_RELEASE = frozenset(
     ("triton_unavailable", "no_release", "inference_failed", "invalid_answer", "provenance_mismatch")
 )
@@ -101,8 +109,10 @@ async def _ask(
         code = _FAILURES.get(error.status, "inference_failed")
         if code == "no_release" and candidate.route == "pinned":
             code = "release_unavailable"
-        raise Failure(code, f"{release.name}: {error}") from error
+        raise Failure(code, f"{release.name} {_SAID[code]}", cause=str(error)) from error
     except MalformedAnswer as error:
-        raise Failure("invalid_answer", f"{release.name}: {error}") from error
+        raise Failure(
+            "invalid_answer", f"{release.name} gave other tensors than a release", cause=str(error)
+        ) from error
     verify(ran.inference, release)
     return Answer(release, candidate.route, ran.inference, ran.sent)

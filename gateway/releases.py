@@ -149,6 +149,7 @@ class Releases:
 
 
 def _log(release: Known) -> None:
-    level = logging.WARNING if release.is_tried and release.reason else logging.INFO
+    is_passing = not release.is_tried or release.reason in ("", _MOVING)  # each good release goes through it
+    level = logging.INFO if is_passing else logging.WARNING
     fields = {"release": release.name, "active": not release.reason, "reason": release.reason}
     logger.log(level, "release changed", extra={"fields": fields})

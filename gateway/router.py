@@ -47,7 +47,7 @@ class Router:
         self._from: tuple[Routing, list[Manifest]] | None = None
         """What `_in_force` was made from: most requests find it as it was."""
         self._in_force: InForce
-        self._warned = ""
+        self._warned = self._stable_name = ""
 
     def in_force(self) -> InForce:
         """The roles, as they can be filled now."""
@@ -84,6 +84,10 @@ class Router:
                 logger.warning("routing cannot be met", extra={"fields": {"warning": warning}})
             else:
                 logger.info("routing is met")
+        name = stable.name if stable else ""
+        if name != self._stable_name:
+            self._stable_name = name
+            logger.info("stable release", extra={"fields": {"release": name, "asked_for": routing.stable}})
         canary = trials["canary"]
         # Should stable fail: what answered before it, and only then what is newer.
         others = [release for release in able if release not in (stable, canary)]
@@ -126,14 +130,18 @@ class Router:
         if known and known.manifest and not known.reason:
             return known.manifest
         if known:
-            raise Failure("release_unavailable", f"{name}: {known.reason}")
+            raise Failure("release_unavailable", f"{name} may not answer now: /version says why", cause=known.reason)
         if not self._releases.known:
             raise self._nobody()
-        there = f"there are {', '.join(release.name for release in self._releases.known)}"
+        raise self.not_there(name)
+
+    def not_there(self, name: str) -> Failure:
+        """What to say of a release that is not known."""
+        there = f"there are {', '.join(release.name for release in self._releases.known) or 'none'}"
         parsed = parse_release_name(name)
         if parsed and parsed[0] == self._releases.pipeline and parsed[1] <= self._releases.newest_number:
-            raise Failure("retired_release", f"{name} is not there any more; {there}")
-        raise Failure("unknown_release", f"{name[:64]!r} is no release; {there}")
+            return Failure("retired_release", f"{name} is not there any more; {there}")
+        return Failure("unknown_release", f"{name[:64]!r} is no release; {there}")
 
     def _stable(self, in_force: InForce) -> Manifest:
         if in_force.stable is None:
@@ -143,7 +151,10 @@ class Router:
     def _nobody(self) -> Failure:
         if self._releases.triton_version is None:
             return Failure("triton_unavailable", "Triton has not been reached yet")
-        return Failure("no_release", f"no release of {self._releases.pipeline} may answer: /version says why")
+        known = [f"{release.name}: {release.reason}" for release in self._releases.known if release.reason]
+        pipeline = self._releases.pipeline
+        said = "each has a reason in /version" if known else "Triton has none of it, or shows none"
+        return Failure("no_release", f"no release of {pipeline} may answer: {said}", cause="; ".join(known))
 
 
 def _before(routing: Routing, able: list[Manifest]) -> Manifest | None:

@@ -244,7 +244,9 @@ class Report(BaseModel):
     max_difference: float | None
     errors: dict[str, int] = Field(description="Comparisons that failed, by code.")
     shed: int = Field(description="Requests that were not compared, so that users are served first.")
-    most_disagreeing: list[Disagreement] = Field(description="At most 20, the largest difference first.")
+    most_disagreeing: list[Disagreement] = Field(
+        description="At most 20: other labels first, then the largest difference."
+    )
 
 
 class Access(BaseModel):

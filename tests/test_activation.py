@@ -57,7 +57,8 @@ def test_a_release_that_differs_from_its_record_never_answers(pair: Path, tmp_pa
         pinned = http.post(
             f"{gateway.url}/v1/predict", params={"model_version": "defect-v2"}, content=jpeg, headers=IMAGE
         )
-        assert assert_problem(pinned, "release_unavailable")["detail"] == f"defect-v2: {reason}"
+        assert_problem(pinned, "release_unavailable")
+        assert json.dumps(f"{reason}")[1:-1] in gateway.log.read_text()
         page = http.get(f"{gateway.url}/metrics").text
         assert 'gateway_release_active{release="defect-v2"} 0.0' in page
         assert 'gateway_predictions_total{release="defect-v1",route="stable"} 5.0' in page

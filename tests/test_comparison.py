@@ -57,6 +57,13 @@ def test_a_report_keeps_the_twenty_largest() -> None:
     assert [entry.request_id for entry in comparison.report().most_disagreeing] == [f"r{n}" for n in expected]
 
 
+def test_another_label_is_worse_than_any_difference() -> None:
+    comparison = Comparison("defect-v2", "defect-v1")
+    for n, (a, b) in enumerate([(0.99, 0.51), (0.51, 0.49), (0.6, 0.4)]):
+        comparison.add(f"r{n}", answer_of(a), answer_of(b))
+    assert [entry.request_id for entry in comparison.report().most_disagreeing] == ["r2", "r1", "r0"]
+
+
 def test_a_comparison_begins_anew_with_another_stable_release() -> None:
     comparisons = Comparisons()
     first = comparisons.between("defect-v3", "defect-v1")

@@ -77,9 +77,19 @@ def test_a_halved_release_is_published_beside_the_original(
     assert second.evaluation["precision"] == "fp16"
     assert second.evaluation["cost"] > 0
     assert "not judged" in second.exam["checks"]["cost"]
-    assert (first.tolerance, second.tolerance) == (0.005, half.MAX_DIFFERENCE)
+    assert (first.tolerance, second.tolerance) == (0.005, exam.HALF_DIFFERENCE)
     assert main(command) == 0
     assert len(Repository(repository).releases("defect")) == 2, "converting twice gives the same graph"
+
+
+def test_the_cost_of_a_halved_drop_is_not_judged_either(halved: Candidate, repository: Path) -> None:
+    """On a processor it is more than twice that of the original."""
+    folder = Repository(repository).step_folder("defect", "classifier", 2)
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(halved.steps["classifier"].files["model.onnx"])
+    assert main(["release", "--repository", str(repository), "--classifier", "2"]) == 0
+    (_, second) = Repository(repository).releases("defect")
+    assert "not judged" in second.exam["checks"]["cost"]
 
 
 def own_model(pristine: Path, folder: Path, network: onnx.ModelProto) -> Candidate:

@@ -51,6 +51,19 @@ def test_the_version_is_the_projects() -> None:
     assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text()
 
 
+def test_the_root_leads_to_the_documents(client: httpx.Client) -> None:
+    answer = client.get("/")
+    assert (answer.status_code, answer.headers["location"]) == (307, "/docs"), "without a host"
+
+
+def test_every_answer_is_documented_with_its_headers(client: httpx.Client) -> None:
+    for path in client.get("/openapi.json").json()["paths"].values():
+        for operation in path.values():
+            assert all("X-Request-ID" in response["headers"] for response in operation["responses"].values())
+            is_timed = "Server-Timing" in operation["responses"]["200"]["headers"]
+            assert is_timed == operation["operationId"].startswith("predict")
+
+
 def test_every_error_has_a_page(client: httpx.Client) -> None:
     listed = client.get("/errors").json()
     assert [kind["code"] for kind in listed] == list(PROBLEMS)

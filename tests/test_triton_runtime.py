@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
@@ -31,6 +32,7 @@ from tests.test_preprocessing import png_header
 from triton_runtime import installation
 from triton_runtime.installation import Installation, Missing, SharedMemory
 from triton_runtime.server import Endpoint, TritonFailed, TritonServer
+from triton_runtime.workplace import PLACE, Workplace, sweep
 
 
 def infer(endpoint: Endpoint, model: str, pictures: Sequence[bytes]) -> dict[str, np.ndarray]:
@@ -326,9 +328,9 @@ def test_a_crash_at_the_start_is_tried_again_but_once(
 
 
 def leftovers() -> set[str]:
-    """Shared memory and temporary folders of embedded servers."""
-    folders = (Path("/dev/shm"), Path(tempfile.gettempdir()))
-    return {str(p) for folder in folders for p in folder.glob("triton*")}
+    """Shared memory and folders of embedded servers, and what Triton makes beside them."""
+    found = [*Path("/dev/shm").glob("triton*"), *PLACE.glob("triton*"), *Path("/tmp").glob("python_env_*")]
+    return {str(path) for path in found}
 
 
 def listening_on(port: int) -> list[str]:
@@ -412,11 +414,40 @@ def test_a_server_that_dies_is_reported_and_not_restarted(pristine: Path) -> Non
 
 
 @pytest.mark.alone
-def test_a_server_whose_parent_is_killed_ends_too(pristine: Path) -> None:
-    with embedded(pristine, free_endpoint()) as (process, server):
-        process.kill()
-        process.wait()
+def test_a_server_whose_parent_is_killed_ends_too_and_the_next_one_cleans_up(pristine: Path) -> None:
+    def left_by(process: subprocess.Popen) -> set[str]:
+        return {path for path in leftovers() if f"triton_{process.pid}_" in path}
+
+    with embedded(pristine, free_endpoint()) as (killed, server):
+        killed.kill()
+        killed.wait()
         wait_for(lambda: processes(server) == [], 60)
-    for folder in leftovers():  # nobody was left to remove it
-        if folder.startswith(tempfile.gettempdir()):
-            shutil.rmtree(folder)
+    assert left_by(killed), "nobody was there to remove it"
+    with embedded(pristine, free_endpoint()) as (process, server):
+        assert left_by(killed) == set()
+        sweep()
+        assert any(path.startswith(str(PLACE)) for path in left_by(process)), "what is in use stays"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert left_by(process) == set()
+
+
+def test_nothing_of_a_server_lies_among_the_temporary_files(triton: Endpoint) -> None:
+    """Cleaners remove there what is ten days old, and where nothing may be executed no step could be started."""
+    (server,) = [
+        process for process in psutil.process_iter(["name", "cmdline"])
+        if process.info["name"] == "tritonserver" and f"--grpc-port={triton.grpc}" in (process.info["cmdline"] or ())
+    ]  # fmt: skip
+    used = {str(Path(each.path).parent) for each in server.memory_maps() if "triton" in each.path}
+    assert not [path for path in used if path.startswith(tempfile.gettempdir())]
+    assert str(PLACE) in str(server.cwd())
+
+
+def test_a_checkout_that_is_not_ours_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    (tmp_path / "file").write_text("")
+    place = Workplace(tmp_path / "file" / "cache")
+    assert place.folder.parent == tmp_path
+    place.remove()
+    assert not place.folder.exists()

@@ -97,6 +97,9 @@ class Installation:
             shutil.copy2(path, backend)  # a link would lead out of the directory, which Triton refuses
         shutil.copytree(Path(__file__).parent / "backends", folder / "backends", dirs_exist_ok=True)
 
+        if not os.access(backend / self.stub.name, os.X_OK):
+            raise Missing(f"{folder} is on a file system that lets nothing be executed (noexec): move the checkout")
+
         python = folder / "python"
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         packages = python / "lib" / version / "site-packages"

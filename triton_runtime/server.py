@@ -14,7 +14,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.error
@@ -35,6 +34,7 @@ from triton_runtime.installation import (
     port_from_environment,
 )
 from triton_runtime.signals import is_in_a_hurry, kill_group, wait_for_end
+from triton_runtime.workplace import Workplace
 
 _CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
 RESTRICTED = "shared-memory,trace,logging"
@@ -117,7 +117,6 @@ class TritonServer:
         self.grace_seconds = grace_seconds
         self.verbose = verbose
         self._log = log
-        self._prefix = f"triton_{os.getpid()}_{time.monotonic_ns()}_"
         self._heals = heals
         self._healer = healing.Healer(poll_seconds, grace_seconds)
         self._thread: threading.Thread | None = None
@@ -143,28 +142,33 @@ class TritonServer:
         for name, variable in Endpoint.VARIABLES.items():
             check_port(self.endpoint.address, getattr(self.endpoint, name), variable)
         check_shared_memory()
-        self._folder = tempfile.TemporaryDirectory(prefix="triton-runtime-")
-        environment = installation.lay_out(Path(self._folder.name))
-        self.process = subprocess.Popen(
-            self.command(installation.server, Path(self._folder.name, "backends")),
-            env=environment,
-            cwd=self._folder.name,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on once
-            preexec_fn=die_with_parent,
-        )
+        self._workplace = Workplace()
+        folder = self._workplace.folder
+        try:
+            environment = installation.lay_out(folder)
+            self.process = subprocess.Popen(
+                self.command(installation.server, folder / "backends"),
+                env=environment,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on once
+                preexec_fn=die_with_parent,
+            )
+        except BaseException:
+            self._workplace.remove()
+            raise
 
     def command(self, server: Path, backends: Path) -> list[str]:
-        """The server's command line."""
+        """The server's command line. What it shares memory by is named as the folder of its `backends`."""
         endpoint = self.endpoint
         lock = f"{RESTRICTED}:triton-admin={secrets.token_hex(16)}"
         return [
             str(server),
             f"--model-repository={self.repository}",
             f"--backend-directory={backends}",
-            f"--backend-config=python,shm-region-prefix-name={self._prefix}",
+            f"--backend-config=python,shm-region-prefix-name={backends.parent.name}",
             "--model-control-mode=poll",
             f"--repository-poll-secs={self.poll_seconds}",
             "--disable-auto-complete-config",
@@ -293,9 +297,7 @@ class TritonServer:
             if over_since is not None and now - over_since > 1:
                 break
         kill_group(self.process)  # and stubs that outlived it
-        for segment in self.shared_memory():
-            segment.unlink(missing_ok=True)
-        self._folder.cleanup()
+        self._workplace.remove()
 
     def _has_remains_alone(self) -> bool:
         """Whether all its Python processes ended or were replaced, and one of them is dead and still there."""
@@ -346,7 +348,7 @@ class TritonServer:
 
     def shared_memory(self) -> Iterator[Path]:
         """The files through which the server talks to its Python steps."""
-        yield from SHARED_MEMORY_FOLDER.glob(f"{self._prefix}*")
+        yield from SHARED_MEMORY_FOLDER.glob(f"{self._workplace.name}*")
 
 
 def _date_anew(file: Path) -> None:

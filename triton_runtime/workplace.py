@@ -1,0 +1,69 @@
+"""The folder of a running server, and what one that was killed left behind.
+
+Not among the temporary files: cleaners remove there what is ten days old, and where nothing may be executed (`noexec`)
+a step's process cannot be started. It is locked for as long as its owner lives, and a server that starts removes
+those that nobody has locked, with their shared memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from triton_runtime.installation import SHARED_MEMORY_FOLDER
+
+PLACE = Path(__file__).resolve().parent.parent / ".cache" / "triton"
+_ENVIRONMENTS = Path("/tmp")  # noqa: S108  # where Triton makes them, whatever TMPDIR says
+_STARTING_S = 60.0
+
+
+class Workplace:
+    """A new folder; `name` is also what the names of the server's shared memory begin with."""
+
+    def __init__(self, place: Path = PLACE) -> None:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            sweep(place)
+        except OSError:  # a checkout that belongs to somebody else
+            place = Path(tempfile.gettempdir())
+        self.name = f"triton_{os.getpid()}_{time.monotonic_ns()}_"
+        self.folder = place / self.name
+        self.folder.mkdir(mode=0o700)
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._since = time.time()
+
+    def remove(self) -> None:
+        """Once the server has ended."""
+        _remove(self.folder)
+        os.close(self._lock)
+        for folder in _ENVIRONMENTS.glob("python_env_*"):
+            # Triton makes one at its start, for packed environments, which nothing here has.
+            with contextlib.suppress(OSError):
+                found = folder.stat()
+                is_ours = found.st_uid == os.geteuid() and 0 <= found.st_mtime - self._since < _STARTING_S
+                if is_ours:
+                    folder.rmdir()  # only where it is empty
+
+
+def sweep(place: Path = PLACE) -> None:
+    """Remove what servers left whose owners were killed."""
+    for folder in place.glob("triton_*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(folder)
+            finally:
+                os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    for segment in SHARED_MEMORY_FOLDER.glob(f"{folder.name}*"):
+        segment.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
