@@ -361,8 +361,8 @@ async def _from_json(body: bytes, settings: Settings, share: Share) -> Picture:
 async def _picture(request: PredictRequest, cut: Cut, share: Share) -> Picture:
     metadata = request.metadata or {}
     if request.image_url is not None:
-        return Picture(b"", metadata, request.model_version, request.image_url, share)
-    return Picture(await cut.decode(request.image or "", share), metadata, request.model_version)
+        return Picture(b"", metadata, request.model_version or None, request.image_url, share)
+    return Picture(await cut.decode(request.image or "", share), metadata, request.model_version or None)
 
 
 def _json_failure(error: ValidationError) -> Failure:
@@ -403,7 +403,7 @@ def _from_form(form: Form, share: Share) -> Picture:
     for name in ("image_url", "model_version"):
         if name in parts and parts[name].is_file:
             raise Failure("invalid_request", f"the part '{name}' is text, not a file")
-    pin = parts["model_version"].text() if "model_version" in parts else None
+    pin = (parts["model_version"].text() or None) if "model_version" in parts else None
     text = parts["metadata"].text() if "metadata" in parts else ""
     metadata = _parse_metadata(text) if text else {}
     if url is not None:

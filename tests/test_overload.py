@@ -52,9 +52,10 @@ def test_a_timeout_that_is_none_is_refused(client: httpx.Client, jpeg: bytes, va
 def test_what_cannot_be_met_is_a_typed_error(client: httpx.Client, jpeg: bytes) -> None:
     assert client.post("/v1/predict", content=jpeg, headers={**IMAGE, HEADER: "30000"}).status_code == 200
     hopeless = {**IMAGE, HEADER: "2"}
-    answers = (client.post("/v1/predict", content=jpeg, headers=hopeless) for _ in range(50))
-    # On a busy machine the body itself may take longer, which has a code of its own.
-    assert_problem(next(a for a in answers if a.json()["code"] != "body_timeout"), "deadline_exceeded")
+    answers = [client.post("/v1/predict", content=jpeg, headers=hopeless) for _ in range(50)]
+    codes = {answer.json()["code"] for answer in answers}
+    # On a busy machine the body itself may take longer; now and then one is let in, and finds that it is so.
+    assert codes - {"body_timeout", "deadline_exceeded"} == {"overloaded"}
 
 
 @pytest.mark.parametrize(("asked", "cap", "expected"), [(400, 30, 0.4), (3_600_000, 0.6, 0.6)])

@@ -315,6 +315,7 @@ def test_a_shadow_never_answers(tmp_path: Path, text: str, active: tuple[int, ..
         active=lambda: [replace(MANIFEST, number=number) for number in sorted(active, reverse=True)],
         triton_version="2.51.0",
         pipeline="defect",
+        known=(),
     )
     router = Router(RoutingFile(file, "defect"), cast(Catalogue, catalogue))
     try:
