@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 DATA ?= ../shared/data/parcels
-WORKERS ?= 2
+WORKERS ?= $(shell echo $$(( $$(nproc) + 1 )))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve rollback key test fuzz lint export openapi train perf perf-drops perf-tools
@@ -30,7 +30,7 @@ key: setup ## Make an API key for NAME in KEYS=access/keys.toml, shown once; EXP
 	@test -n "$(NAME)" || { echo "say for whom: make key NAME=scanner" >&2; exit 2; }
 	@$(RUN) -m gateway.keys new $(NAME) $(if $(EXPIRES),--expires $(EXPIRES)) >> $(or $(KEYS),access/keys.toml)
 
-test: setup export perf-tools ## Run all tests, WORKERS=2 at a time but for those that want the machine to themselves
+test: setup export perf-tools ## Run all tests, WORKERS at a time (one more than processors), but for those that want the machine to themselves
 	$(RUN) -m pytest -m 'not alone' -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	$(RUN) -m pytest -m alone
 

@@ -213,7 +213,7 @@ def test_too_little_shared_memory_is_one_line_that_says_what_is_enough(
     monkeypatch.delenv("GATEWAY_MAX_BODY_BYTES", raising=False)
     free = 64 << 20
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    with pytest.raises(Missing, match=r"has 64 MiB left, pictures of 20 MiB may need 705: .*--shm-size=1g") as caught:
+    with pytest.raises(Missing, match=r"has 64 MiB left, pictures of 20 MiB may need 745: .*--shm-size=1g") as caught:
         installation.check_shared_memory(tmp_path)
     assert "\n" not in str(caught.value)
     enough = re.search(r"GATEWAY_MAX_BODY_BYTES=(\d+)$", str(caught.value))

@@ -162,8 +162,9 @@ def check_port(address: str, port: int, name: str) -> None:
 class SharedMemory:
     """How much of it the Python steps may come to need; they grow with the largest pictures, and never shrink.
 
-    Each process of preprocessing holds a whole batch of pictures, and one more. With the default settings 64 clients of
-    pictures of 19.9 MiB made it 686 MiB, and this says 705; with 1.6 MiB they failed at 64, and this says 80.
+    Each process of preprocessing holds a whole batch of pictures, and two more: one was not enough each time. With the
+    default settings 64 clients of pictures of 19.9 MiB made it 686 MiB, and this says 745; with 1.6 MiB they failed at 64,
+    and this says 83.
 
     Args:
         processes: of preprocessing, for one number of it.
@@ -191,11 +192,11 @@ class SharedMemory:
     @property
     def needed(self) -> int:
         """Bytes."""
-        return _OTHER_STEPS + self.processes * (self.pictures + 1) * (self.largest + _PIXELS)
+        return _OTHER_STEPS + self.processes * (self.pictures + 2) * (self.largest + _PIXELS)
 
     def largest_in(self, free: int) -> int:
         """Bytes of the largest picture for which so many are enough; 0 or less: none is."""
-        return (free - _OTHER_STEPS) // (self.processes * (self.pictures + 1)) - _PIXELS
+        return (free - _OTHER_STEPS) // (self.processes * (self.pictures + 2)) - _PIXELS
 
 
 def check_shared_memory(folder: Path = SHARED_MEMORY_FOLDER) -> None:
