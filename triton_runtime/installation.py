@@ -163,8 +163,8 @@ class SharedMemory:
     """How much of it the Python steps may come to need; they grow with the largest pictures, and never shrink.
 
     Each process of preprocessing holds a whole batch of pictures, and two more: one was not enough each time. With the
-    default settings 64 clients of pictures of 19.9 MiB made it 686 MiB, and this says 745; with 1.6 MiB they failed at 64,
-    and this says 83.
+    default settings 64 clients of pictures of 19.9 MiB made it 686 MiB, and this says 745; with 1.6 MiB they failed at
+    64, and this says 83.
 
     Args:
         processes: of preprocessing, for one number of it.
