@@ -132,6 +132,8 @@ def _run(arguments: list[str]) -> int:
 def _built(options: argparse.Namespace, repository: Repository, report: Report) -> Candidate:
     """The candidate that the options describe, with the code of the newest release's other steps."""
     if options.onnx:
+        if not options.onnx.exists():  # before the spec is read: it is the first thing that was asked for
+            raise candidate.ExportError(f"{options.onnx} is missing")
         built = candidate.from_onnx(options.onnx, Spec.read(options.spec), repository, report)
     else:
         folder = options.checkpoint or options.default_checkpoint

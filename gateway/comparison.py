@@ -75,6 +75,10 @@ class Comparisons:
             comparison = self._by_release[release] = Comparison(release, stable)
         return comparison
 
+    def forget(self, release: str) -> None:
+        """A release is gone."""
+        self._by_release.pop(release, None)
+
     def report(self, release: str) -> schemas.Report:
         """A release's report, an empty one where it was never compared."""
         if release in self._by_release:

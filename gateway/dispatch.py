@@ -118,6 +118,8 @@ class Lane:
         """It is not any more."""
         self.calls.remove(call)
         self._calls_of[call.replica] -= 1
+        if not self._calls_of[call.replica]:
+            del self._calls_of[call.replica]  # which may be gone
         self._in_calls -= len(call.group)
         self.trials -= call.is_trial
         if not self.calls and not self.line:
@@ -315,6 +317,11 @@ class Dispatcher:
         if time.monotonic() > deadline:  # it came while the process was busy, and before its alarm
             raise _over()
         return ran
+
+    def forget(self, release: str) -> None:
+        """What was learnt of a release that is gone."""
+        if (lane := self._lanes.get(release)) and not lane.calls and not lane.line:
+            del self._lanes[release]
 
     async def close(self) -> None:
         """Give up all calls."""

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-_BUCKETS = (0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_BUCKETS = (0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0)
 
 Outcome = Literal["agreed", "disagreed", "failed", "shed"]
 
@@ -64,6 +64,12 @@ class Metrics:
     def compared(self, release: str, outcome: Outcome) -> None:
         """A request was compared, or was not."""
         self._comparisons.labels(release, outcome).inc()
+
+    def forget(self, release: str) -> None:
+        """A release is gone, and its series with it: what no scrape shows any more takes no memory either."""
+        self._predictions.remove_by_labels({"release": release})
+        self._comparisons.remove_by_labels({"release": release})
+        self._predictions_of.cache_clear()
 
     def called(self, pictures: int) -> None:
         """A call was sent to Triton."""

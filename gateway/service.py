@@ -28,6 +28,9 @@ from gateway.schemas import Metadata
 from gateway.settings import Settings
 from gateway.supervision import Tasks, failures
 
+_GONE_S = 600.0
+"""A release that was not there for so long is forgotten. One that is loaded again is back much sooner."""
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -73,6 +76,9 @@ class Service:
         self.rates = Rates()
         self.predicting = InFlight()
         """Predictions that were begun and not yet answered."""
+        self.metrics = metrics
+        self._seen: dict[str, float] = {}
+        """When each release was last there (monotonic seconds)."""
         metrics.observe(self._gauges)
 
     @contextlib.asynccontextmanager
@@ -139,7 +145,17 @@ class Service:
         """Run an answered request once more where it is to be compared; returns at once."""
         await self.mirrors.offer(judged.answer, judged.picture, request_id, self.predicting.count)
 
+    def _forget_what_is_gone(self) -> None:
+        """Drop the series, the lane and the comparison of a release that was not there for a while."""
+        now = time.monotonic()
+        self._seen |= {known.name: now for known in self.releases.known}
+        for name in [name for name, at in self._seen.items() if now - at > _GONE_S]:
+            del self._seen[name]
+            for each in (self.metrics, self.dispatcher, self.comparisons):
+                each.forget(name)
+
     def _gauges(self) -> Iterator[Metric]:
+        self._forget_what_is_gone()
         active = {known.name: float(not known.reason) for known in self.releases.known}
         shares = {name: self.router.share(name) for name in active}
         yield gauge("gateway_in_flight", "Predictions being worked on.", self.predicting.count)

@@ -63,7 +63,10 @@ def test_a_release_that_differs_from_its_record_never_answers(pair: Path, tmp_pa
         assert 'gateway_release_active{release="defect-v2"} 0.0' in page
         assert 'gateway_predictions_total{release="defect-v1",route="stable"} 5.0' in page
         assert page.count("gateway_predictions_total{") == 1, "golden pictures are no predictions of users"
-        assert "golden" not in "".join(line for line in gateway.log.read_text().splitlines() if '"request"' in line)
+        requests = [
+            line for line in map(json.loads, gateway.log.read_text().splitlines()) if line["message"] == "request"
+        ]
+        assert "golden" not in "".join(line["request_id"] for line in requests), "nor are they requests"
 
         (pair / "defect-v2/config.pbtxt").write_bytes(untouched)
         wait_for(lambda: predict(gateway, jpeg).json()["model_version"] == "defect-v2")

@@ -190,7 +190,7 @@ def test_a_full_queue_in_triton_is_overload(narrow: Endpoint, jpeg: bytes, tmp_p
         for response in refused:
             assert_problem(response, "overloaded")
             assert int(response.headers["Retry-After"]) >= 1
-        assert any("queue size" in response.json()["detail"] for response in refused)
+        assert any("the queue of a step is full" in response.json()["detail"] for response in refused)
         for gateway in (one, two):
             wait_for(lambda gateway=gateway: is_at_rest(gateway))
             assert "replica suspected" not in gateway.log.read_text()

@@ -219,7 +219,7 @@ def test_what_is_no_http_is_a_problem(gateway: GatewayProcess, garbage: bytes) -
 # ---- other paths and methods ----
 
 
-@pytest.mark.parametrize("path", ["/", "/v2/predict", "/v1/predict/", "/errors/nope", "/..%2f..%2fetc/passwd"])
+@pytest.mark.parametrize("path", ["/v2", "/v2/predict", "/v1/predict/", "/errors/nope", "/..%2f..%2fetc/passwd"])
 def test_an_unknown_path_is_a_problem(client: httpx.Client, path: str) -> None:
     assert_problem(client.get(path, follow_redirects=False), "not_found")
 

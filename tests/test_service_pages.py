@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urljoin
 
 import httpx
@@ -14,7 +15,10 @@ import pytest
 
 from gateway import __version__
 from gateway.app import create_app
+from gateway.comparison import Comparisons
 from gateway.errors import PROBLEMS
+from gateway.metrics import Metrics
+from gateway.service import Service
 from gateway.settings import Settings
 from tests.conftest import ROOT, GatewayProcess, wait_for
 from tests.offline import Offline
@@ -49,6 +53,36 @@ def test_version_names_every_release_with_its_steps_and_digests(
 
 def test_the_version_is_the_projects() -> None:
     assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_what_is_known_of_a_release_that_is_gone_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics, comparisons, forgotten = Metrics(), Comparisons(), []
+    there = [SimpleNamespace(name="defect-v1"), SimpleNamespace(name="defect-v2")]
+    service = SimpleNamespace(
+        metrics=metrics,
+        comparisons=comparisons,
+        dispatcher=SimpleNamespace(forget=forgotten.append),
+        releases=SimpleNamespace(known=there),
+        _seen={},
+    )
+    for release in there:
+        metrics.predicted(release.name, "stable")
+        metrics.compared(release.name, "agreed")
+        comparisons.between(release.name, "defect-v0")
+    Service._forget_what_is_gone(service)
+    del there[0]
+    Service._forget_what_is_gone(service)
+    assert b'release="defect-v1"' in metrics.page(), "it may be back in a moment"
+    monkeypatch.setattr("gateway.service._GONE_S", -1.0)
+    there.clear()
+    service._seen.pop("defect-v2")
+    Service._forget_what_is_gone(service)
+    assert forgotten == ["defect-v1"]
+    assert b'release="defect-v1"' not in metrics.page()
+    assert b'gateway_predictions_total{release="defect-v2",route="stable"} 1.0' in metrics.page()
+    assert comparisons.report("defect-v1").against is None
+    metrics.predicted("defect-v1", "stable")
+    assert b'gateway_predictions_total{release="defect-v1",route="stable"} 1.0' in metrics.page(), "it begins again"
 
 
 def test_the_root_leads_to_the_documents(client: httpx.Client) -> None:
