@@ -181,7 +181,9 @@ def test_every_line_is_taken_also_those_before_a_quick_end() -> None:
 
 def test_a_fork_bomb_of_the_slow_kind_is_swept_up(tmp_path: Path) -> None:
     """Each process starts its successor, in a session of its own, and ends."""
-    script = "import os, time\nwhile True:\n os.fork() and os._exit(0)\n os.setsid()\n time.sleep(.1)\n"
+    # It ends at some time: should this run be killed, nobody is left to end it.
+    once = " os.fork() and os._exit(0)\n os.setsid()\n time.sleep(.1)\n"
+    script = f"import os, time\nend = time.time() + 120\nwhile time.time() < end:\n{once}"
     # As in an exam, where what examines goes before what is examined.
     limits = {"folder": ROOT, "environment": {**os.environ, "WHO": str(tmp_path)}, "limit": lambda: os.nice(10)}
     bounded.run([sys.executable, "-c", script], b"", 1, lambda _: "", **limits)
