@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import platform
 import re
@@ -451,3 +452,23 @@ def test_a_checkout_that_is_not_ours_is_no_obstacle(tmp_path: Path, monkeypatch:
     assert place.folder.parent == tmp_path
     place.remove()
     assert not place.folder.exists()
+
+
+def test_a_server_that_starts_removes_no_folder_that_another_one_just_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the making of the folder and its lock."""
+    lock = fcntl.flock
+
+    def lock_late(file: int, how: int) -> None:
+        if how == fcntl.LOCK_EX:
+            monkeypatch.setattr(fcntl, "flock", lock)
+            sweep(tmp_path)
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock_late)
+    place = Workplace(tmp_path)
+    sweep(tmp_path)
+    assert place.folder.exists()
+    place.remove()
+    assert list(tmp_path.iterdir()) == []

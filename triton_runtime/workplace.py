@@ -26,17 +26,22 @@ class Workplace:
     """A new folder; `name` is also what the names of the server's shared memory begin with."""
 
     def __init__(self, place: Path = PLACE) -> None:
+        self.name = f"triton_{os.getpid()}_{time.monotonic_ns()}_"
         try:
             place.mkdir(parents=True, exist_ok=True)
             sweep(place)
+            self.folder = self._make(place)
         except OSError:  # a checkout that belongs to somebody else
-            place = Path(tempfile.gettempdir())
-        self.name = f"triton_{os.getpid()}_{time.monotonic_ns()}_"
-        self.folder = place / self.name
-        self.folder.mkdir(mode=0o700)
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self.folder = self._make(Path(tempfile.gettempdir()))
         self._since = time.time()
+
+    def _make(self, place: Path) -> Path:
+        """The folder, which has its name only once it is locked: a server that starts meanwhile would remove it."""
+        unlocked = place / f".{self.name}"
+        unlocked.mkdir(mode=0o700)
+        self._lock = os.open(unlocked, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        return unlocked.rename(place / self.name)
 
     def remove(self) -> None:
         """Once the server has ended."""
