@@ -239,6 +239,7 @@ class Replica:
             logger.info("replica back", extra={"fields": {"replica": self.url}})
             for suspicion in self.suspicions.values():
                 suspicion.begin_again()
+            if self.suspicions:
                 self._remind()
         if not self.has_joined and self.releases.active() and not self.releases.untried():
             self.has_joined = True

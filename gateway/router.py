@@ -61,9 +61,12 @@ class Router:
         shadow = routing.shadow.release if routing.shadow else None
         # A canary answers already, so it may answer more; a shadow never does.
         able = [release for release in active if release.name != shadow]
-        proven = (release for release in able if release.name not in routing.on_trial)
-        latest = next(proven, able[0] if able else None)
-        stable = latest if routing.stable == LATEST else by_name.get(routing.stable) or _before(routing, able) or latest
+        proven = [release for release in able if release.name not in routing.on_trial]
+        latest = next(iter(proven or able), None)
+        if routing.stable == LATEST:
+            stable = latest
+        else:
+            stable = by_name.get(routing.stable) or _before(routing.stable, proven) or latest
         warnings = []
         if stable and routing.stable not in (LATEST, stable.name):
             warnings.append(f"stable {routing.stable} is not active: {stable.name} answers")
@@ -157,10 +160,9 @@ class Router:
         return Failure("no_release", f"no release of {pipeline} may answer: {said}", cause="; ".join(known))
 
 
-def _before(routing: Routing, able: list[Manifest]) -> Manifest | None:
-    """The newest release before the stable one that is named and not there: what is newer may be why that was named."""
-    parsed = parse_release_name(routing.stable)
-    proven = (release for release in able if release.name not in routing.on_trial)
+def _before(name: str, proven: list[Manifest]) -> Manifest | None:
+    """The newest release before the one that is named and not there: what is newer may be why that was named."""
+    parsed = parse_release_name(name)
     return next((release for release in proven if parsed and release.number < parsed[1]), None)
 
 
