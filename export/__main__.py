@@ -25,7 +25,7 @@ _EPILOG = """examples:
   python -m export --precision fp16                        the same in half precision, for GPUs, likewise
   python -m export --to model.onnx                         the classifier alone, to be dropped into a repository
   python -m export release --classifier 4                  examine a dropped version, publish it if it passes
-  python -m export watch                                   do that with whatever is dropped, for ever
+  python -m export watch                                   do that with whatever is dropped, forever
   python -m export status                                  what is published, refused and routed
   python -m export diff defect-v1 defect-v2                what changed, in the steps and in the answers
   python -m export retire defect-v1                        take a release back

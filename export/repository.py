@@ -78,7 +78,7 @@ def is_version(name: str) -> bool:
 
 
 RECORD = "releases.json"
-"""What every release pins that was ever published: a number names one release for ever, and what was published once is
+"""What every release pins that was ever published: a number names one release forever, and what was published once is
 never a drop again, however its release went."""
 _OLD_RECORD = "retired.json"
 """Earlier exports wrote down the retired ones alone."""
@@ -363,7 +363,7 @@ class Repository:
         return next((r for r in releases if r.steps == pins and r.labels == candidate.labels), None)
 
     def _next_number(self, pipeline: str, releases: list[Manifest]) -> int:
-        """One more than was ever given: a number names one release for ever."""
+        """One more than was ever given: a number names one release forever."""
         gone = (contract.parse_release_name(name) for name in self.gone(pipeline))
         return 1 + max([0, *(r.number for r in releases), *(parsed[1] for parsed in gone if parsed)])
 

@@ -86,14 +86,14 @@ class Lane:
         self._in_calls = 0
         """Pictures."""
         self._crowd = 0.0
-        """How many pictures are there once clients that were answered have asked again: the most of late."""
+        """How many pictures are there once clients that were answered have asked again: the most lately."""
         self.knees: defaultdict[Replica, Knee] = defaultdict(Knee)
         self.call_s = 0.0
         """How long a call takes."""
         self._answered_s = 0.0
         """The same, of those that were answered."""
         self._quickest_s = 0.0
-        """The same, of the quickest of late."""
+        """The same, of the quickest lately."""
         self._tried_at = 0.0
         """When a request last had less time than that, and was let in nevertheless."""
         self._picture_s = 0.0
@@ -509,7 +509,7 @@ class Dispatcher:
         """Whether what a suspect is tried on answers without it; it may be going down, whatever the picture.
 
         A golden picture for each process, since Triton asks them in turns: one that is dead already must be met now, or
-        by others of late.
+        by others lately.
         """
         manifest, deaths = self._fleet.manifest(lane.release), call.replica.deaths
         try:

@@ -60,7 +60,7 @@ class Suspicion:
     """Set to end that pause."""
 
     def begin_again(self) -> None:
-        """What was true of the server is not any more: find out anew, and have who comes now wait for that."""
+        """What was true of the server is not any more: find out again, and have who comes now wait for that."""
         self.since, self.is_confirmed, self.pause_s = time.monotonic(), False, 0.0
         self.at_once.set()
 

@@ -35,17 +35,17 @@ _HOPE = 1 / (1 + 2 * _WORTH)
 _SAMPLES = 24
 """Calls that a median is taken of."""
 _RENEW_AFTER = (100, 1600)
-"""After so many times `limit` calls it learns anew, with few calls at once: the machine may have changed, or what it
+"""After so many times `limit` calls it learns again, with few calls at once: the machine may have changed, or what it
 learnt was not exact. The first, and four times as many each time that it finds what it knew, up to the second. With the
 fewest calls it is always the first, as there it costs nothing, and there a machine that is slower now would keep it;
 unless more were not worth it: trying them costs the slowest answers."""
 _STALE_AFTER = 10 * _SAMPLES
 """After so many calls what was learnt does not prove any more that more calls than the fewest are not worth it: the
-machine may have become slower meanwhile, so it learns anew before it says so."""
+machine may have become slower meanwhile, so it learns again before it says so."""
 _SAME = 0.1
 """So little apart are two findings that are the same."""
 _LARGER = 1.5
-"""It learns anew, too, where the fewest calls would be so many times as large as any that it learnt from."""
+"""It learns again, too, where the fewest calls would be so many times as large as any that it learnt from."""
 
 
 class Knee:
@@ -68,7 +68,7 @@ class Knee:
         """Pictures that a call may have."""
         self._renew_after = _RENEW_AFTER[0]
         self._each = _HOPE
-        """Seconds from picture to picture with more calls than the fewest, of late, in those with the fewest."""
+        """Seconds from picture to picture with more calls than the fewest, lately, in those with the fewest."""
         self._has_enough = False
         """More calls than the fewest were tried, and not worth it."""
         self._window: list[tuple[float, float]] = []

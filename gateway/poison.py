@@ -59,7 +59,7 @@ class Record:
 
 
 class Records:
-    """The records of the pictures that were marked of late, by their content."""
+    """The records of the pictures that were marked lately, by their content."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[bytes, tuple[Record, float]] = OrderedDict()
@@ -136,7 +136,7 @@ class Deaths:
         return max(self.instances.values(), default=1)
 
     def answered(self, steps: Iterable[str]) -> None:
-        """These steps answered. One whose processes had all died was loaded anew, so none of them is dead now."""
+        """These steps answered. One whose processes had all died was loaded again, so none of them is dead now."""
         for step in steps:
             if step in self._dead and len(self._dead[step]) >= self.instances.get(step, 1_000_000):
                 del self._dead[step]

@@ -111,7 +111,7 @@ class Releases:
             manifest = before.manifest if before else None
             reason = state.reason
             if not reason:
-                # It is being loaded anew and the old one serves until then, or it is not there at all: nothing in the
+                # It is being loaded again and the old one serves until then, or it is not there at all: nothing in the
                 # index tells which.
                 is_there = before and manifest and await self._is_ready(state.name)
                 reason = before.reason if before and is_there else _MOVING

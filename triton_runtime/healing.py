@@ -1,4 +1,4 @@
-"""What to do about the Python processes of a Triton that died: a step is loaded again, or the server started anew.
+"""What to do about the Python processes of a Triton that died: a step is loaded again, or the server started again.
 
 Pure: `Healer` is told what there is and what time it is, and says what to do. `TritonServer` does it.
 
@@ -24,7 +24,7 @@ _SHORT_LOOK_S = 0.1
 _DEAD_S = 0.3
 """One that is unloaded is dead for a moment, too."""
 _STRAY_S = 10.0
-"""A process that died before it was seen: nobody knows what it ran, and Triton may wait for it for ever."""
+"""A process that died before it was seen: nobody knows what it ran, and Triton may wait for it forever."""
 _APPEAR_S = 10.0
 """Beside the time between two looks of Triton at its repository."""
 _PROVEN_S = 60.0
@@ -56,7 +56,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Restart:
-    """Stop the server in order and start it anew."""
+    """Stop the server in order and start it again."""
 
 
 Action = Say | Reload | Kill | Restart

@@ -197,7 +197,7 @@ class TritonServer:
         """Wait until the newest release of each pipeline answers; return their names.
 
         Triton 24.10 crashes at a start now and then, seldom, when a lock of its shared memory fails
-        (`boost::interprocess::lock_exception`). It is started anew then, once.
+        (`boost::interprocess::lock_exception`). It is started again then, once.
 
         Raises:
             TritonFailed: Triton ended or the time is over; the message holds each model's own reason.
@@ -258,7 +258,7 @@ class TritonServer:
         return status is not None and -status in _CRASHES and self._thread is not None and self._healer.is_loading
 
     def restart(self) -> None:
-        """Stop Triton in order, where it has not ended, and start it anew.
+        """Stop Triton in order, where it has not ended, and start it again.
 
         Raises:
             Missing: as on entering.

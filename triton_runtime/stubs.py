@@ -105,7 +105,7 @@ def check(server: int, memory: Path, *, patience: float, grace: float, proc: Pat
     `grace` seconds is killed: it waits until its exit timeout for models that failed requests keep from being unloaded.
     """
     now = time.monotonic()
-    # A container that is started anew keeps its files and gives the same numbers to its processes.
+    # A container that is started again keeps its files and gives the same numbers to its processes.
     name = f"{server}, {(_status(proc, server) or ('', '', 0, 0))[3]}"
     before = _remembered(memory, name)
     dead = {f"{p.pid}, {p.started}": p for p in look(server, proc=proc).dead}

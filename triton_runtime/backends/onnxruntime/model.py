@@ -13,7 +13,7 @@ parameters, of which the C++ backend knows the first three:
 Pieces of a batch run side by side, each on one processor, which wastes less than several processors on one piece.
 Only a batch that is one piece gets them all, where they are idle.
 
-A request that is given no answer hangs for ever, and so does all of this process if `execute` does not return. So
+A request that is given no answer hangs forever, and so does all of this process if `execute` does not return. So
 nothing that fails, whatever it is, ends a thread or keeps one request's answer from the others.
 """
 
