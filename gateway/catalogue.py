@@ -21,6 +21,9 @@ class Catalogue:
         self.pipeline = pipeline
         self._first_seen: dict[str, float] = {}
         self._admitted: set[str] = set()
+        self._known: tuple[Known, ...] = ()
+        self._known_of: tuple[object, ...] | None = None
+        """What `_known` was put together from; None where time alone may change it."""
 
     @property
     def triton_version(self) -> str | None:
@@ -38,11 +41,15 @@ class Catalogue:
         replicas = self._fleet.replicas
         if len(replicas) == 1:
             return replicas[0].releases.known
-        replicas = [replica for replica in replicas if replica.releases.triton_version] or replicas
-        numbers = {known.name: known.number for replica in replicas for known in replica.releases.known}
-        self._admitted &= numbers.keys()
-        self._first_seen = {name: since for name, since in self._first_seen.items() if name in numbers}
-        return tuple(self._merged(name, replicas) for name in sorted(numbers, key=numbers.__getitem__))
+        # Each request asks, so what did not change is not put together again.
+        made_of = tuple(
+            (each.url, each.is_available, each.has_joined, each.releases.known, each.releases.judgements)
+            for each in replicas
+        )
+        if made_of != self._known_of:
+            self._known = self._merge(replicas)
+            self._known_of = made_of if self._admitted.issuperset(self._first_seen) else None
+        return self._known
 
     def find(self, name: str) -> Known | None:
         """The release of this name, whether or not it may answer."""
@@ -51,6 +58,13 @@ class Catalogue:
     def active(self) -> list[Manifest]:
         """The releases that may answer, newest first."""
         return [known.manifest for known in reversed(self.known) if known.manifest and not known.reason]
+
+    def _merge(self, replicas: list[Replica]) -> tuple[Known, ...]:
+        replicas = [replica for replica in replicas if replica.is_available] or replicas
+        numbers = {known.name: known.number for replica in replicas for known in replica.releases.known}
+        self._admitted &= numbers.keys()
+        self._first_seen = {name: since for name, since in self._first_seen.items() if name in numbers}
+        return tuple(self._merged(name, replicas) for name in sorted(numbers, key=numbers.__getitem__))
 
     def _merged(self, name: str, replicas: list[Replica]) -> Known:
         here = {replica.url: known for replica in replicas if (known := replica.releases.find(name))}

@@ -41,6 +41,9 @@ LINGER_S, LINGER_BODIES = 5.0, 4
 """A connection that is to be closed while a body still comes is kept for so long without anything, and what comes is
 dropped, as much as so many of the largest bodies: closing at once would reset it, and who is still sending would never
 see the answer."""
+SPARED_S = 1.0
+"""A connection without a request is not ended for another one before it was idle for so long: a request may be on
+its way."""
 MAX_AHEAD = 100
 """Requests that are sent before the one in front of them was answered; each is parsed at once, and kept."""
 _UNREADABLE = "it cannot be read as HTTP/1.1"
@@ -116,6 +119,8 @@ class Connection(HttpToolsProtocol):
         self._fault = _UNREADABLE
         self._pieces = self._piece_bytes = 0  # of bodies, in what was read last
         self._departure = Departure()
+        self._idle_since = self.loop.time()
+        self._is_one_too_many = False
 
     # ---- called by the event loop ----
 
@@ -123,9 +128,11 @@ class Connection(HttpToolsProtocol):
         """Start the clock: a connection that never sends anything is not kept either."""
         super().connection_made(cast(asyncio.Transport, Joined(transport, self.loop, self._linger)))
         self.metrics.connections.inc()
-        if len(self.connections) > 2 * self.settings.max_connections:
-            transport.abort()  # refusing politely has its price, too
-            return
+        if len(self.connections) > self.settings.max_connections and not self._make_room():
+            self._is_one_too_many = True
+            if len(self.connections) > 2 * self.settings.max_connections:
+                transport.abort()  # refusing politely has its price, too
+                return
         milliseconds = int(self.settings.send_timeout_s * 1000)
         with contextlib.suppress(OSError):  # it has left already
             # The kernel gives up on a client that is gone, or takes nothing of its answers.
@@ -191,8 +198,8 @@ class Connection(HttpToolsProtocol):
         path, root = self.scope["path"], self.settings.root_path
         if root and path.startswith(f"{root}/"):
             self.scope["path"] = path[len(root) :]
-        too_many = len(self.connections) > self.settings.max_connections
-        if too_many and not is_open(self.scope["path"]):
+        if self._is_one_too_many and not is_open(self.scope["path"]):
+            self.cycle.keep_alive = False
             refusal = Failure("too_many_connections", f"the limit is {self.settings.max_connections:,}")
         if refusal:
             self.scope["state"][REFUSAL] = refusal  # the task that answers was made just now, and has not run yet
@@ -227,6 +234,7 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """A request was answered. What is still missing of it has as long as a head."""
+        self._idle_since = self.loop.time()
         super().on_response_complete()
         if not self._in_head and self._timer is None and not self.transport.is_closing():
             self._start_timer()
@@ -244,6 +252,21 @@ class Connection(HttpToolsProtocol):
         lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
         lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
         return b"\r\n".join([*lines, b"", b""])
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether nothing was asked that is still to be answered, or to be sent."""
+        is_answered = self.cycle is None or self.cycle.response_complete
+        return is_answered and self._in_head and not self._has_begun and not self.transport.is_closing()
+
+    def _make_room(self) -> bool:
+        """End the connection that was idle longest; returns whether there was one."""
+        others = (each for each in self.connections if isinstance(each, Connection) and each is not self)
+        idle = min((each for each in others if each._is_idle), key=lambda each: each._idle_since, default=None)
+        if idle is None or self.loop.time() - idle._idle_since < SPARED_S:
+            return False
+        cast(Joined, idle.transport).finish()
+        return True
 
     def _stop(self, fault: str) -> NoReturn:
         """Have the parser stop: whatever it calls may say so, and `send_400_response` is called for it."""

@@ -51,6 +51,8 @@ class Releases:
         """The highest that was ever seen: up to there, what is not here was retired."""
         self.triton_version: str | None = None
         """None while Triton cannot be reached."""
+        self.judgements = 0
+        """How often one of `known` was given its reason since it was put there."""
         self.refreshed = asyncio.Event()
         """Set after each look at Triton."""
 
@@ -69,12 +71,14 @@ class Releases:
     def judge(self, release: Known, reason: str) -> None:
         """Let a release answer, or for a reason not."""
         release.is_tried, release.reason = True, reason
+        self.judgements += 1
         _log(release)
 
     def postpone(self, release: Known, reason: str) -> None:
         """A release could not be tried now. One that answered before Triton went away goes on answering."""
         if release.reason:
             release.reason = f"{_CHECKING}: {reason}"
+            self.judgements += 1
 
     async def refresh(self) -> None:
         """Ask Triton once; what is known stays where that fails.

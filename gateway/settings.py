@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     tls_key: Path | None = None
     """Private key of the certificate (PEM). None: it is in the same file."""
     max_connections: int = Field(default=1000, ge=1, le=100_000)
-    """Most open connections; more are refused but for health, version and metrics."""
+    """Most open connections; one more ends an unused one, or is refused but for health, version and metrics."""
     headers_timeout_s: Seconds = 10.0
     """Time to receive a request's head, and for an unused connection before its first."""
     keep_alive_s: Seconds = 75.0

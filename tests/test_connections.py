@@ -186,18 +186,57 @@ def test_requests_sent_far_ahead_are_not_answered(strict: GatewayProcess) -> Non
 # ---- many ----
 
 
-def test_too_many_connections_are_refused_and_health_still_answers(strict: GatewayProcess, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    """A gateway with room for four, all of which wait for the rest of what they ask."""
+    with GatewayProcess(free_endpoint(), tmp_path_factory.mktemp("full") / "log", max_connections=4) as gateway:
+        yield gateway
+
+
+def begin(gateway: GatewayProcess, stack: contextlib.ExitStack) -> socket.socket:
+    """Send all but the last byte of a request."""
+    connection = stack.enter_context(connect(gateway.port))
+    connection.sendall(HEAD + b"Content-Length: 2\r\nExpect: 100-continue\r\n\r\n")
+    assert connection.recv(100).startswith(b"HTTP/1.1 100 "), "it is being read"
+    connection.sendall(b"x")
+    return connection
+
+
+def test_one_connection_too_many_is_refused_and_the_others_and_health_are_not(full: GatewayProcess) -> None:
     with contextlib.ExitStack() as stack:
-        for _ in range(20):
-            stack.enter_context(connect(strict.port))
-        assert_problem(http.post(f"{strict.url}/v1/predict", content=b"x"), "too_many_connections")
+        busy = [begin(full, stack) for _ in range(4)]
+        refused = http.post(f"{full.url}/v1/predict", content=b"x")
+        assert_problem(refused, "too_many_connections")
+        assert refused.headers["Connection"] == "close"
         for path in ("/health/live", "/version", "/metrics"):
-            assert http.get(f"{strict.url}{path}").status_code == 200
-        beyond = [stack.enter_context(connect(strict.port)) for _ in range(25)]
+            assert http.get(f"{full.url}{path}").status_code == 200
+        beyond = [stack.enter_context(connect(full.port)) for _ in range(5)]
         assert is_closed(beyond[-1])
-    wait_for(lambda: connections(strict) == 1)
-    assert_problem(http.post(f"{strict.url}/v1/predict", content=b"x", headers={"Content-Type": "image/png"}),
-                   "triton_unavailable")  # fmt: skip
+        for connection in busy:
+            connection.sendall(b"x")
+            assert_problem(receive(connection), "triton_unavailable")
+    wait_for(lambda: connections(full) == 1)
+
+
+def test_the_connection_that_is_unused_longest_makes_room(full: GatewayProcess) -> None:
+    def is_admitted() -> bool:
+        answer = http.post(f"{full.url}/v1/predict", content=b"x", headers={"Content-Type": "image/png"})
+        return answer.json()["type"].endswith("triton_unavailable")
+
+    with contextlib.ExitStack() as stack:
+        silent, first, second, third = [stack.enter_context(connect(full.port)) for _ in range(4)]
+        for connection in (first, second, third):
+            connection.sendall(GET + b"\r\n")
+            assert receive(connection).status_code == 200
+        wait_for(is_admitted)
+        assert is_closed(silent)
+        begin(full, stack)  # in its place
+        wait_for(is_admitted)
+        assert is_closed(first)
+        for connection in (second, third):
+            connection.sendall(GET + b"\r\n")
+            assert receive(connection).status_code == 200
+    wait_for(lambda: connections(full) == 1)
 
 
 def test_there_may_be_as_many_open_files_as_connections(tmp_path: Path) -> None:

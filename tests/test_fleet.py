@@ -71,6 +71,25 @@ def test_a_new_release_waits_for_the_others_but_not_for_ever(monkeypatch: pytest
     asyncio.run(_new_release(monkeypatch))
 
 
+def test_what_did_not_change_is_not_put_together_again() -> None:
+    async def check() -> None:
+        first, second = release(1), release(2)
+        fleet = fleet_of([first, second], [release(1), release(2)])
+        catalogue = Catalogue(fleet, "defect")
+        known = catalogue.known
+        fleet.replicas[0].releases.known = (first, second)  # as another look at Triton leaves it
+        assert catalogue.known is known
+        fleet.replicas[0].releases.judge(second, "golden-00.jpg: another label")
+        fleet.replicas[1].releases.known = (release(1),)
+        assert names(catalogue) == ["defect-v1"]
+        fleet.replicas[1].releases.triton_version = None
+        assert names(catalogue) == ["defect-v1"]
+        fleet.replicas[0].releases.judge(second, "")
+        assert names(catalogue) == ["defect-v2", "defect-v1"]
+
+    asyncio.run(check())
+
+
 def test_two_releases_of_one_name_are_refused() -> None:
     async def check() -> None:
         catalogue = Catalogue(fleet_of([release(1)], [release(1, built_from="elsewhere")]), "defect")
