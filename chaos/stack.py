@@ -23,8 +23,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from chaos.proxy import Proxy
 from chaos.releases import Pair
 from triton_runtime.installation import SHARED_MEMORY_FOLDER
+from triton_runtime.ports import free_endpoint, free_port
 from triton_runtime.server import TritonFailed, TritonServer
-from triton_runtime.stack import Child, free_endpoint, free_port
+from triton_runtime.stack import Child
 
 DEADLINE_S = 5.0
 """For a request that names none: the gateway's default."""

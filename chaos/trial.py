@@ -15,7 +15,7 @@ from chaos.load import Known, Load, Seen, refusals
 from chaos.proxy import Proxy
 from chaos.releases import Pair
 from chaos.stack import Gateway, Stack, Triton, shared_memory
-from triton_runtime.stack import free_port
+from triton_runtime.ports import free_port
 
 _WARM_UP_S = 2.0
 _CLEAN_S = 1.5

@@ -19,8 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import contract
 from contract import Manifest
 from export.repository import Repository, RepositoryError
-from perf import machine, tables, verdict
-from perf.analyzer import PerfError
+from perf import machine, steps, tables, verdict
+from perf.analyzer import PerfError, inputs_file
 from perf.budgets import BUDGETS, Budget, Budgets, Comparison
 from perf.load import Load
 from perf.report import Report
@@ -54,6 +54,9 @@ examples
   make perf
   make perf RELEASE=defect-v2 BASE=defect-v1     is the new one slower than [[compare]] allows?
   python -m perf --rounds 8 --seconds 6          narrower intervals
+  python -m perf --input-only                    only what perf_analyzer is fed with, for runs of your own
+  python -m perf.analyzer -m defect-v1 --input-data perf/results/defect-v1-input.json -i grpc -u 127.0.0.1:8001
+                                                 one of them, against a stack that runs
 """
 
 
@@ -81,12 +84,19 @@ def main(arguments: list[str] | None = None) -> int:
     parse.add_argument("--seconds", type=float, default=3.0, help="of one measurement (default: 3)")
     parse.add_argument("--rounds", type=int, default=5, help="at least 2 (default: 5)")
     parse.add_argument("--strict", action="store_true", help="inconclusive counts as failed")
+    parse.add_argument(
+        "--input-only", action="store_true", help="write the release's input for perf_analyzer, and stop"
+    )
     parse.add_argument("--out", type=Path, default=ROOT / "perf/results", help="folder (default: perf/results)")
     options = parse.parse_args(arguments)
     if options.rounds < 2 or options.seconds <= 0 or min(options.concurrency, default=1) < 1:
         parse.error("needs at least 2 rounds, which an interval is made of, and positive --seconds and --concurrency")
     unwind_on_signals()
     try:
+        inputs = _write_inputs(options)
+        if options.input_only:
+            print(inputs)
+            return 0
         report = _measure(options, shlex.join(["python", "-m", "perf", *(arguments or sys.argv[1:])]))
     except (PerfError, RepositoryError, Missing, TritonFailed, ValueError, OSError) as error:
         print(f"perf: {error}", file=sys.stderr)
@@ -103,9 +113,20 @@ def main(arguments: list[str] | None = None) -> int:
         if why := results.unmeasured(case):
             console.print(f"{case.release}, {case.endpoint}, {case.load}: {why}")
     console.print(f"{report.title}: {report.summary()}")
-    console.print(f"report:  {page}\nfigures: {data}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report:  {page}\nfigures: {data}\ninput:   {inputs}", markup=False, highlight=False, soft_wrap=True)
     bad = {"fail", "inconclusive"} if options.strict else {"fail"}
     return int(any(each.outcome in bad for each in report.verdicts))
+
+
+def _write_inputs(options: argparse.Namespace) -> Path:
+    """Write what the release is measured with, for runs of perf_analyzer by hand."""
+    repository = Repository(options.repository)
+    release = _releases(repository, options.release, None)[0]
+    rows = steps.inputs(repository, release, _pictures(options.pictures))["ensemble"]
+    options.out.mkdir(parents=True, exist_ok=True)
+    path: Path = options.out / f"{release.name}-input.json"
+    path.write_text(inputs_file(rows))
+    return path
 
 
 def _measure(options: argparse.Namespace, command: str) -> Report:

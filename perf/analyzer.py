@@ -1,6 +1,7 @@
 """perf_analyzer: found, fed with real inputs, run over gRPC, and its report read.
 
-Its wheel expects two libraries of the system that the wheel of the server carries under other names.
+Its wheel expects two libraries of the system that the wheel of the server carries under other names, so
+`python -m perf.analyzer` runs it with these, and takes whatever perf_analyzer takes.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import json
 import os
 import struct
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -21,7 +24,7 @@ import numpy as np
 
 import contract
 from perf.load import Load
-from triton_runtime.installation import Installation
+from triton_runtime.installation import Installation, Missing
 
 BINARY = Path(__file__).resolve().parent.parent / ".venv-perf" / "bin" / "perf_analyzer"
 WINDOWS = 3
@@ -69,14 +72,13 @@ class Analyzer:
         self._url, self._binary = grpc_url, binary
 
     def __enter__(self) -> Self:
-        if not self._binary.is_file():
-            raise PerfError(f"{self._binary} is missing: run 'make perf-tools'")
-        libraries = Installation.find().libraries
         self._temporary = tempfile.TemporaryDirectory(prefix="perf-")
         self._folder = Path(self._temporary.name)
-        for wanted, pattern in _LIBRARIES.items():
-            (self._folder / wanted).symlink_to(next(libraries[0].glob(pattern)))
-        self._environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(map(str, (self._folder, *libraries)))}
+        try:
+            self._environment = _environment(self._binary, self._folder)
+        except BaseException:
+            self._temporary.cleanup()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,7 +87,7 @@ class Analyzer:
     def store(self, name: str, rows: Sequence[Mapping[str, np.ndarray]]) -> Path:
         """Write inputs as perf_analyzer reads them: a row a request, a tensor without its batch axis by its name."""
         path = self._folder / f"{name}.json"
-        path.write_text(json.dumps({"data": [{name: entry(array) for name, array in row.items()} for row in rows]}))
+        path.write_text(inputs_file(rows))
         return path
 
     def run(
@@ -152,6 +154,11 @@ def measure(
         ]
 
 
+def inputs_file(rows: Sequence[Mapping[str, np.ndarray]]) -> str:
+    """The text of an input file: a row a request, each a tensor without its batch axis by its name."""
+    return json.dumps({"data": [{name: entry(array) for name, array in row.items()} for row in rows]})
+
+
 def entry(array: np.ndarray) -> dict[str, object]:
     """A tensor in perf_analyzer's input file. BYTES elements carry their length in front, as on the wire."""
     if array.dtype == np.object_:
@@ -174,3 +181,35 @@ def read_report(path: Path) -> Measurement:
         p99=float(row["p99 latency"]) / 1000,
         mean=(float(row["request/response"]) + float(row["response wait"])) / 1000,
     )
+
+
+def _environment(binary: Path, folder: Path) -> dict[str, str]:
+    """The environment that perf_analyzer runs in; `folder` gets the libraries by the names that it expects."""
+    if not binary.is_file():
+        raise PerfError(f"{binary} is missing: run 'make perf-tools'")
+    libraries = Installation.find().libraries
+    for wanted, pattern in _LIBRARIES.items():
+        (folder / wanted).symlink_to(next(libraries[0].glob(pattern)))
+    return {**os.environ, "LD_LIBRARY_PATH": ":".join(map(str, (folder, *libraries)))}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run perf_analyzer with these arguments; its exit status, or 2 where it cannot be run."""
+    model = next((after for flag, after in pairwise(arguments) if flag in ("-m", "--model-name")), "")
+    has_inputs = any(argument.startswith("--input-data") for argument in arguments)
+    try:
+        if contract.parse_release_name(model) and not has_inputs:
+            raise PerfError(
+                f"without --input-data {model} would get random bytes, and refusing them is quick: "
+                f"write its file with 'python -m perf --release {model} --input-only'"
+            )
+        with tempfile.TemporaryDirectory(prefix="perf-") as folder:
+            environment = _environment(BINARY, Path(folder))
+            return subprocess.run([str(BINARY), *arguments], env=environment, check=False).returncode
+    except (PerfError, Missing) as error:
+        print(f"perf: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

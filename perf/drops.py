@@ -33,9 +33,10 @@ from safetensors.numpy import load_file
 from export import graph
 from export.repository import Repository
 from triton_runtime.installation import Missing
+from triton_runtime.ports import free_endpoint, free_port
 from triton_runtime.server import Endpoint, TritonFailed, TritonServer
 from triton_runtime.signals import Stopped, unwind_on_signals
-from triton_runtime.stack import ROOT, SAMPLE, Child, Gateway, free_endpoint, free_port
+from triton_runtime.stack import ROOT, SAMPLE, Child, Gateway
 
 CHECKPOINT = ROOT / "export" / "checkpoints" / "defect"
 PARTS = {

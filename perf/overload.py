@@ -20,9 +20,10 @@ from rich.table import Table
 
 from perf.generator import Generator, Load
 from triton_runtime.installation import Missing
+from triton_runtime.ports import free_endpoint, free_port
 from triton_runtime.server import TritonFailed, TritonServer
 from triton_runtime.signals import Stopped, unwind_on_signals
-from triton_runtime.stack import ROOT, SAMPLE, Gateway, free_endpoint, free_port
+from triton_runtime.stack import ROOT, SAMPLE, Gateway
 
 LEAST = 0.9
 """Of the best goodput, what has to be left at the highest load."""

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from contract import Manifest
 from perf.analyzer import PerfError
+from triton_runtime.ports import free_port
 from triton_runtime.server import Endpoint, TritonServer
-from triton_runtime.stack import Child, free_port
+from triton_runtime.stack import Child
 
 _PATIENCE_S = 60.0
 

@@ -24,9 +24,9 @@ from export.repository import Repository
 from tests import drops
 from tests.offline import Offline
 from tests.two_releases import publish_contrary
+from triton_runtime.ports import free_endpoint as free_endpoint
+from triton_runtime.ports import free_port as free_port
 from triton_runtime.server import Endpoint, TritonServer
-from triton_runtime.stack import free_endpoint as free_endpoint
-from triton_runtime.stack import free_port as free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.jpg"))

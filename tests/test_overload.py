@@ -25,8 +25,8 @@ from perf.overload import share_kept
 from tests.conftest import EXAMPLES, GatewayProcess, http, wait_for
 from tests.test_dispatch import inferred
 from tests.test_problems import IMAGE, assert_problem
+from triton_runtime.ports import free_endpoint
 from triton_runtime.server import Endpoint, TritonServer
-from triton_runtime.stack import free_endpoint
 
 
 def gauge(gateway: GatewayProcess, name: str) -> float:

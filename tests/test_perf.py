@@ -76,8 +76,8 @@ def runner(triton: Endpoint, monkeypatch: pytest.MonkeyPatch, folder: Path) -> C
 
 
 def written(folder: Path) -> tuple[str, dict]:
-    (page,), (data,) = folder.glob("*.html"), folder.glob("*.json")
-    return page.read_text(), json.loads(data.read_text())
+    (page,) = folder.glob("*.html")
+    return page.read_text(), json.loads(page.with_suffix(".json").read_text())
 
 
 def test_a_broken_budget_fails_and_the_report_shows_where_the_time_went(
@@ -322,6 +322,22 @@ def test_a_case_in_which_nothing_is_answered_is_inconclusive_and_the_others_are_
     assert outcomes == {("ensemble", "p50"): "inconclusive", ("gateway", "p50"): "fail"}
     said = "not measured in 2 of 2 rounds, no request was answered within 0.003 s: lengthen --seconds"
     assert said in page and said in " ".join(capsys.readouterr().out.split())
+
+
+def test_perf_analyzer_is_run_by_hand_with_the_input_that_is_written(
+    perf: Callable[..., int], triton: Endpoint, pristine: Path, release: str, tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert perf(pristine, "--input-only") == 0
+    inputs = Path(capfd.readouterr().out.strip())
+    assert inputs == tmp_path / f"{release}-input.json"
+    run = ["-m", release, "-i", "grpc", "-u", triton.grpc_url, "--concurrency-range", "2"]
+    assert analyzer.main(run) == 2
+    assert f"python -m perf --release {release} --input-only" in capfd.readouterr().err
+    count = ["--measurement-mode", "count_windows", "--measurement-request-count", "8", "--stability-percentage", "999"]
+    assert analyzer.main([*run, "--input-data", str(inputs), *count]) == 0
+    assert "Inferences/Second vs. Client Average Batch Latency" in capfd.readouterr().out
+    assert analyzer.main(["--no-such-option"]) not in (0, 2), "its own exit status"
 
 
 def test_a_missing_binary_says_how_to_get_it(tmp_path: Path) -> None:

@@ -10,10 +10,8 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import secrets
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -31,23 +29,6 @@ from triton_runtime.supervision import Part, Supervisor
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "examples" / "parcel-damaged.jpg"
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nothing listens on now.
-
-    Below those that the system gives to outgoing connections, which could take it before its server does.
-    """
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
-def free_endpoint() -> Endpoint:
-    """Ports of the loopback interface for another Triton."""
-    return Endpoint(http=free_port(), grpc=free_port(), metrics=free_port())
 
 
 class Child:

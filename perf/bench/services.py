@@ -25,8 +25,9 @@ import psutil
 
 from perf.analyzer import PerfError
 from perf.bench.contenders.work import environment
+from triton_runtime.ports import free_endpoint, free_port
 from triton_runtime.server import Endpoint, TritonServer, die_with_parent
-from triton_runtime.stack import ROOT, SAMPLE, Gateway, free_endpoint, free_port
+from triton_runtime.stack import ROOT, SAMPLE, Gateway
 
 STACK, BASE = "stack", "stack, base"
 TUNED, PLAIN, LITSERVE, BENTOML, MOSEC = "app, tuned", "app, plain", "litserve", "bentoml", "mosec"

@@ -22,8 +22,8 @@ from export.repository import Repository
 from perf import analyzer
 from perf.analyzer import Measurement
 from perf.tuning.choice import Round, Trial
+from triton_runtime.ports import free_endpoint
 from triton_runtime.server import TritonFailed, TritonServer
-from triton_runtime.stack import free_endpoint
 
 _WINDOWS = 3
 """perf_analyzer averages so many; see `analyzer.measure`."""

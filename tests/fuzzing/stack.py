@@ -13,8 +13,9 @@ import psutil
 
 from tests.conftest import GatewayProcess, http, wait_for
 from triton_runtime.installation import SHARED_MEMORY_FOLDER
+from triton_runtime.ports import free_endpoint
 from triton_runtime.server import Endpoint, TritonServer
-from triton_runtime.stack import ROOT, free_endpoint
+from triton_runtime.stack import ROOT
 
 GROWTH = 64 * 2**20
 """Bytes that a process may grow by without it being a leak: what malloc keeps after the largest pictures varies."""
