@@ -30,7 +30,7 @@ from export import config
 from tests.conftest import ROOT, free_endpoint, http, wait_for
 from tests.offline import Offline
 from tests.test_preprocessing import png_header
-from triton_runtime import installation
+from triton_runtime import installation, workplace
 from triton_runtime.installation import Installation, Missing, SharedMemory
 from triton_runtime.server import Endpoint, TritonFailed, TritonServer
 from triton_runtime.workplace import PLACE, Workplace, sweep
@@ -452,6 +452,23 @@ def test_a_checkout_that_is_not_ours_is_no_obstacle(tmp_path: Path, monkeypatch:
     assert place.folder.parent == tmp_path
     place.remove()
     assert not place.folder.exists()
+
+
+def test_a_server_that_ends_leaves_the_environment_of_another_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workplace, "_ENVIRONMENTS", tmp_path)
+    (tmp_path / "tritonserver").symlink_to(str(shutil.which("sleep")))
+    first, second = Workplace(tmp_path / "cache"), Workplace(tmp_path / "cache")
+    environment = tmp_path / "python_env_other"
+    with subprocess.Popen(["sleep", "600"], executable=tmp_path / "tritonserver") as other:
+        environment.mkdir()
+        first.remove()
+        assert environment.exists()
+        other.kill()
+    monkeypatch.setattr(workplace, "servers_since", list)  # other tests' servers may run
+    second.remove()
+    assert not environment.exists()
 
 
 def test_a_server_that_starts_removes_no_folder_that_another_one_just_made(

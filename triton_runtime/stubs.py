@@ -75,6 +75,14 @@ def look(server: int, strangers: set[int] | None = None, proc: Path = PROC) -> S
     return Seen(living, frozenset(dead), frozenset(ending))
 
 
+def servers_since(proc: Path = PROC) -> list[float]:
+    """When each Triton that runs on this machine began, in seconds since the epoch, right to about a tenth."""
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    found = [_status(proc, int(entry)) for entry in os.listdir(proc) if entry.isdigit()]
+    ticks = os.sysconf("SC_CLK_TCK")
+    return [booted + each[3] / ticks for each in found if each and each[0] == _SERVER and each[1] not in "ZX"]
+
+
 def _status(proc: Path, pid: int) -> tuple[str, str, int, int] | None:
     """Name, state, parent and start of a process; None where it ended."""
     try:

@@ -16,10 +16,12 @@ import time
 from pathlib import Path
 
 from triton_runtime.installation import SHARED_MEMORY_FOLDER
+from triton_runtime.stubs import servers_since
 
 PLACE = Path(__file__).resolve().parent.parent / ".cache" / "triton"
 _ENVIRONMENTS = Path("/tmp")  # noqa: S108  # where Triton makes them, whatever TMPDIR says
 _STARTING_S = 60.0
+"""A server has made it by then."""
 
 
 class Workplace:
@@ -47,12 +49,14 @@ class Workplace:
         """Once the server has ended."""
         _remove(self.folder)
         os.close(self._lock)
+        others = servers_since()
         for folder in _ENVIRONMENTS.glob("python_env_*"):
-            # Triton makes one at its start, for packed environments, which nothing here has.
+            # Triton makes one at its start, for packed environments, which nothing here has, and removes it when it
+            # ends. One that was killed leaves it; one whose folder somebody else removed crashes at its end.
             with contextlib.suppress(OSError):
                 found = folder.stat()
-                is_ours = found.st_uid == os.geteuid() and 0 <= found.st_mtime - self._since < _STARTING_S
-                if is_ours:
+                is_anothers = any(_made_it(since, found) for since in others)
+                if _made_it(self._since, found) and found.st_uid == os.geteuid() and not is_anothers:
                     folder.rmdir()  # only where it is empty
 
 
@@ -66,6 +70,11 @@ def sweep(place: Path = PLACE) -> None:
                 _remove(folder)
             finally:
                 os.close(lock)
+
+
+def _made_it(since: float, folder: os.stat_result) -> bool:
+    """Whether a server that began then may have made the folder."""
+    return -1 <= folder.st_mtime - since < _STARTING_S
 
 
 def _remove(folder: Path) -> None:
