@@ -282,7 +282,7 @@ def test_killed_at_every_step_of_publishing(tiny: Repository, monkeypatch: pytes
     monkeypatch.setattr(exam, "examine", examine_once)
     drop(tiny, 2)
     pristine = Path(shutil.copytree(tiny.root, tiny.root.parent / "pristine"))
-    killed = 0
+    killed, served = 0, set[frozenset[tuple[str, bytes]]]()
     processes = multiprocessing.get_context("forkserver")  # which imports everything once
     processes.set_forkserver_preload([__name__])
     for step in range(1, 100):
@@ -295,10 +295,13 @@ def test_killed_at_every_step_of_publishing(tiny: Repository, monkeypatch: pytes
             break
         assert process.exitcode == -signal.SIGKILL
         killed += 1
-        with TritonServer(tiny.root, free_endpoint(), poll_seconds=1) as server:
-            server.wait_until_ready()
-            assert answer(server)
-            server.process.kill()
+        files = frozenset((str(p), p.read_bytes()) for p in tiny.root.rglob("*") if p.is_file())
+        if files not in served:  # a flush changes nothing that Triton sees
+            served.add(files)
+            with TritonServer(tiny.root, free_endpoint(), poll_seconds=1) as server:
+                server.wait_until_ready()
+                assert answer(server)
+                server.process.kill()
         watcher = watcher_of(Repository(tiny.root), events := [])
         watcher.look()
         watcher.look()

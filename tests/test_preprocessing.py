@@ -417,9 +417,10 @@ def grown(data: bytes) -> int:
     return int(subprocess.run(shell, input=data, stdout=subprocess.PIPE, cwd=ROOT, check=True).stdout)
 
 
-@pytest.mark.parametrize("seed", [s for s in bombs.largest() if s.format == "TIFF"], ids=lambda seed: seed.name)
-def test_the_largest_picture_takes_a_small_multiple_of_its_own_size(seed: bombs.Seed) -> None:
+@pytest.mark.parametrize("mode", ["F", "I;16", "LAB"])
+def test_the_largest_picture_takes_a_small_multiple_of_its_own_size(mode: str) -> None:
     """51.8 megapixels of four bytes are 198 MiB."""
+    seed = bombs.of_one_colour(mode, "TIFF", compression="tiff_adobe_deflate")
     assert grown(seed.data) < 2.4 * 198
 
 

@@ -22,9 +22,9 @@ from tests.offline import Offline
 from tests.test_export import SERVING
 from triton_runtime.server import TritonServer
 
-CYCLES, CONNECTIONS = int(os.environ.get("CYCLES", "6")), 16
+CYCLES, CONNECTIONS = int(os.environ.get("CYCLES", "4")), 16
 """`make test` runs a few cycles, `CYCLES=20` as many as wanted."""
-PAUSE_S = 0.1
+PAUSE_S = 0.2
 PICTURE = EXAMPLES[0].read_bytes()
 RESTARTS = ("gateway", "both")
 """After each second cycle, in turns."""

@@ -51,24 +51,23 @@ def _declared() -> list[Seed]:
 @functools.cache
 def largest() -> list[Seed]:
     """One colour compresses a thousandfold. Just below the limit of pixels: they must be answered."""
-    deflate = {"compression": "tiff_adobe_deflate"}
-    modes: list[tuple[str, str, dict[str, object]]] = [
-        ("L", "PNG", {"compress_level": 1}),
-        ("RGBA", "PNG", {"compress_level": 1}),
-        ("L", "JPEG", {}),
-        ("CMYK", "JPEG", {"progressive": True}),
-        ("RGB", "WEBP", {"lossless": True, "method": 0}),
-        ("L", "GIF", {}),
-        ("F", "TIFF", deflate),
-        ("I;16", "TIFF", deflate),
-        ("LAB", "TIFF", deflate),
-    ]
-    made = [
-        (mode, format_, encode(Image.new(mode, (_SIDE, _SIDE)), format_, **options)) for mode, format_, options in modes
-    ]
     row = b"\xff\7" * (_SIDE // 255) + bytes((_SIDE % 255, 7)) + b"\0\0"
-    made.append(("run lengths", "BMP", handmade.run_length_bmp(_SIDE, _SIDE, row * _SIDE)))
-    return [Seed(f"{_SIDE} x {_SIDE} of one colour, {mode}", format_, data) for mode, format_, data in made]
+    return [
+        of_one_colour("L", "PNG", compress_level=1),
+        of_one_colour("RGBA", "PNG", compress_level=1),
+        of_one_colour("L", "JPEG"),
+        of_one_colour("CMYK", "JPEG", progressive=True),
+        of_one_colour("RGB", "WEBP", lossless=True, method=0),
+        of_one_colour("L", "GIF"),
+        *(of_one_colour(mode, "TIFF", compression="tiff_adobe_deflate") for mode in ("F", "I;16", "LAB")),
+        Seed(f"{_SIDE} x {_SIDE}, run lengths", "BMP", handmade.run_length_bmp(_SIDE, _SIDE, row * _SIDE)),
+    ]
+
+
+def of_one_colour(mode: str, format_: str, **options: object) -> Seed:
+    """A picture of that mode, almost as large as one may be."""
+    data = encode(Image.new(mode, (_SIDE, _SIDE)), format_, **options)
+    return Seed(f"{_SIDE} x {_SIDE} of one colour, {mode}", format_, data)
 
 
 @functools.cache
