@@ -1,8 +1,9 @@
 """`python -m perf.overload`: what is still answered in time when far more is asked than can be.
 
-First the capacity, with clients that wait for each answer; then multiples of it from clients that do not wait, each
-request with a deadline. Goodput is what is answered within it. Making the load takes a share of the machine, which
-clients elsewhere do not: that is set off before goodputs are compared.
+In each round first the capacity, with clients that wait for each answer; then multiples of it from clients that do not
+wait, each request with a deadline. Goodput is what is answered within it. Making the load takes a share of the machine,
+which clients elsewhere do not: that is set off before goodputs are compared. The table shows the last round; what is
+kept is judged by its interval over all of them, and is inconclusive where the bound is within it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import math
 import os
 import statistics
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from perf.confidence import Interval
 from perf.generator import Generator, Load
 from triton_runtime.installation import Missing
 from triton_runtime.ports import free_endpoint, free_port
@@ -25,61 +28,85 @@ from triton_runtime.server import TritonFailed, TritonServer
 from triton_runtime.signals import Stopped, unwind_on_signals
 from triton_runtime.stack import ROOT, SAMPLE, Gateway
 
+_CORES = os.cpu_count() or 1
 LEAST = 0.9
 """Of the best goodput, what has to be left at the highest load."""
 _WARM_UP_S = 3.0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print the table, write the figures; 1 where goodput fell below `LEAST`, or nothing could be measured."""
+    """Measure, print the tables, write the figures.
+
+    1 where less goodput than `LEAST` is left, by the whole interval over the rounds; 2 where nothing could be measured.
+    """
     parse = argparse.ArgumentParser(prog="python -m perf.overload", description=__doc__)
     parse.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: model_repository")
     parse.add_argument("--pictures", type=Path, default=ROOT / "examples", help="folder of JPEGs (default: examples)")
-    parse.add_argument("--seconds", type=float, default=10.0, help="of each load (default: %(default)s)")
+    parse.add_argument("--rounds", type=int, default=4, help="at least 2 (default: %(default)s)")
+    parse.add_argument("--seconds", type=float, default=6.0, help="of each load in a round (default: %(default)s)")
     parse.add_argument("--deadline", type=float, default=1.0, metavar="SECONDS", help="default: %(default)s")
     parse.add_argument("--connections", type=int, default=32, help="that find the capacity (default: %(default)s)")
     parse.add_argument("--loads", type=float, nargs="+", default=[1, 2, 5], help="times the capacity (default: 1 2 5)")
     parse.add_argument("--json", type=Path, default=ROOT / "perf/results/overload.json", help="default: perf/results/")
     options = parse.parse_args(arguments)
+    if options.rounds < 2:
+        parse.error("--rounds: at least 2, which an interval is made of")
     unwind_on_signals()
-    pictures = [path.read_bytes() for path in sorted(options.pictures.rglob("*.jpg"))[:64]]
     console = Console()
     try:
-        if not pictures:
-            raise TritonFailed(f"{options.pictures} holds no JPEGs")
-        endpoint, port = free_endpoint(), free_port()
-        with console.status("starting Triton") as status, TritonServer(options.repository, endpoint) as triton:
-            triton.wait_until_ready()
-            with Gateway(endpoint, "127.0.0.1", port, log_level="error") as gateway:
-                gateway.predict(SAMPLE, timeout=60)
-                generator = Generator("127.0.0.1", port, pictures, options.deadline)
-                status.update("warming up")
-                generator.closed(options.connections, _WARM_UP_S)
-                status.update("finding the capacity")
-                loads = {"capacity": generator.closed(options.connections, options.seconds)}
-                for times in options.loads:
-                    status.update(f"{times:g} times the capacity")
-                    loads[f"{times:g}x"] = generator.open(times * loads["capacity"].goodput, options.seconds)
+        rounds = _measure(options, console)
     except (Missing, TritonFailed, OSError) as error:
         print(f"overload: {error}", file=sys.stderr)
-        return 1
+        return 2
     except Stopped:
-        return 1
+        return 2
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({name: vars(load) for name, load in loads.items()}) + "\n")
-    console.print(table(loads, options.deadline))
-    kept, raw = share_kept(loads), share_kept(loads, cores=math.inf)
+    options.json.write_text(json.dumps([{name: vars(load) for name, load in loads.items()} for loads in rounds]) + "\n")
+    console.print(table(rounds[-1], options.deadline))
+    kept, raw = (share_kept(rounds, cores) for cores in (_CORES, math.inf))
+    outcome = kept.is_at_least(LEAST)
     print(
-        f"goodput at {list(loads)[-1]}: {kept:.0%} of the best, {LEAST:.0%} is asked for "
-        f"({raw:.0%} if what the generator takes is not set off)"
+        f"goodput at {list(rounds[-1])[-1]}: {kept.middle:.0%} ({kept.low:.0%} to {kept.high:.0%}) of the best over "
+        f"{len(rounds)} rounds, {LEAST:.0%} is asked for: {outcome} "
+        f"({raw.middle:.0%} if what the generator takes is not set off)"
     )
-    return 0 if kept >= LEAST else 1
+    return int(outcome == "fail")
 
 
-def share_kept(loads: dict[str, Load], cores: float = os.cpu_count() or 1) -> float:
-    """Goodput of the last load as a share of the best, each for what the generator left of the machine."""
-    goodputs = [load.goodput / (1 - load.generator_s / load.seconds / cores) for load in loads.values()]
-    return goodputs[-1] / (max(goodputs) or 1.0)
+def _measure(options: argparse.Namespace, console: Console) -> list[dict[str, Load]]:
+    """The loads by their name, in each round."""
+    pictures = [path.read_bytes() for path in sorted(options.pictures.rglob("*.jpg"))[:64]]
+    if not pictures:
+        raise TritonFailed(f"{options.pictures} holds no JPEGs")
+    endpoint, port = free_endpoint(), free_port()
+    rounds: list[dict[str, Load]] = []
+    with console.status("starting Triton") as status, TritonServer(options.repository, endpoint) as triton:
+        triton.wait_until_ready()
+        with Gateway(endpoint, "127.0.0.1", port, log_level="error") as gateway:
+            gateway.predict(SAMPLE, timeout=60)
+            generator = Generator("127.0.0.1", port, pictures, options.deadline)
+            status.update("warming up")
+            generator.closed(options.connections, _WARM_UP_S)
+            for number in range(1, options.rounds + 1):
+                prefix = f"round {number} of {options.rounds}:"
+                status.update(f"{prefix} finding the capacity")
+                loads = {"capacity": generator.closed(options.connections, options.seconds)}
+                for times in options.loads:
+                    status.update(f"{prefix} {times:g} times the capacity")
+                    loads[f"{times:g}x"] = generator.open(times * loads["capacity"].goodput, options.seconds)
+                rounds.append(loads)
+    return rounds
+
+
+def share_kept(rounds: Sequence[Mapping[str, Load]], cores: float = _CORES) -> Interval:
+    """Goodput of the last load as a share of the best one's, each for what the generator left of the machine."""
+    goodputs = {name: [_goodput(loads[name], cores) for loads in rounds] for name in rounds[0]}
+    best = max(goodputs.values(), key=statistics.geometric_mean)
+    return Interval.of_rounds([here / there for here, there in zip(list(goodputs.values())[-1], best, strict=True)])
+
+
+def _goodput(load: Load, cores: float) -> float:
+    return max(load.goodput, 1e-3) / (1 - load.generator_s / load.seconds / cores)
 
 
 def table(loads: dict[str, Load], deadline_s: float) -> Table:

@@ -21,7 +21,7 @@ from gateway.keys import KeysTable
 from gateway.settings import Settings
 from tests.conftest import ROOT
 from triton_runtime.installation import SERVER_VERSION, SharedMemory
-from triton_runtime.server import RESTRICTED, Endpoint, TritonServer
+from triton_runtime.server import LOCK, RESTRICTED, Endpoint, TritonServer
 
 
 class _Loader(yaml.SafeLoader):
@@ -66,11 +66,12 @@ def test_containers_and_the_embedded_server_run_the_same_release() -> None:
 def triton_command(tmp_path: Path) -> list[str]:
     """What the container runs: its shell is run here, with something in place of Triton that writes its arguments."""
     server = tmp_path / "tritonserver"
-    server.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    server.write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
     server.chmod(0o755)
     command = [part.replace("$$", "$") for part in SERVICES["triton"]["command"]]
     environment = {"PATH": f"{tmp_path}:{os.defpath}"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return printed.rstrip("\0").split("\0")
 
 
 def test_triton_gets_the_embedded_servers_flags(tmp_path: Path) -> None:
@@ -83,10 +84,11 @@ def test_triton_gets_the_embedded_servers_flags(tmp_path: Path) -> None:
     for lock in locks:
         keys = {flag.rpartition("=")[2] for flag in lock}
         assert {flag.rpartition("=")[0] for flag in lock} == {
-            f"--{api}={RESTRICTED}:triton-admin" for api in ("http-restricted-api", "grpc-restricted-protocol")
+            f"--{api}={RESTRICTED}:{LOCK}" for api in ("http-restricted-api", "grpc-restricted-protocol")
         }
         assert len(keys) == 1
-        assert len(keys.pop()) >= 32
+        key, end = keys.pop().split("\n")
+        assert (len(key) >= 32, end) == (True, ".")
     assert locks[0] != locks[1]
     assert triton_command(tmp_path)[-1] not in locks[1], "another key each time"
 

@@ -12,18 +12,16 @@ import sys
 from pathlib import Path
 
 import httpx
-import pytest
 
 from tests.conftest import ROOT, free_endpoint, free_port, http, wait_for
-from tests.test_triton_runtime import leftovers
+from tests.test_triton_runtime import left_by
 
 
-@pytest.mark.alone
 def test_serve_gets_ready_from_a_clone_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     repository = Path(shutil.copytree(ROOT / "model_repository", tmp_path / "model_repository"))
     for built in repository.glob("*/*/model.onnx"):
         shutil.rmtree(built.parent)  # as in a clone: git keeps no built model
-    before, files = leftovers(), {p for p in repository.rglob("*") if p.is_file()}
+    files = {p for p in repository.rglob("*") if p.is_file()}
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "triton_runtime.stack", "--repository", str(repository)],
@@ -49,7 +47,7 @@ def test_serve_gets_ready_from_a_clone_and_ctrl_c_leaves_nothing(tmp_path: Path)
     finally:
         process.terminate()
         process.communicate()
-    assert leftovers() == before
+    assert left_by(process) == set()
     added = {p.name for p in repository.rglob("*") if p.is_file()} - {p.name for p in files}
     assert added == {"model.onnx"}
     try:
@@ -71,9 +69,7 @@ def children(pid: int) -> dict[str, int]:
     return found
 
 
-@pytest.mark.alone
 def test_a_part_that_is_killed_comes_back_and_says_so(pristine: Path, tmp_path: Path) -> None:
-    before = leftovers()
     repository = Path(shutil.copytree(pristine, tmp_path / "model_repository"))
     port = free_port()
     log = tmp_path / "log"
@@ -107,7 +103,7 @@ def test_a_part_that_is_killed_comes_back_and_says_so(pristine: Path, tmp_path: 
     finally:
         process.terminate()
         process.wait(120)
-    assert leftovers() == before
+    assert left_by(process) == set()
 
 
 def test_serve_names_a_port_that_is_taken(tmp_path: Path) -> None:

@@ -31,8 +31,9 @@ from tests.conftest import ROOT, free_endpoint, http, wait_for
 from tests.offline import Offline
 from tests.test_preprocessing import png_header
 from triton_runtime import installation, workplace
-from triton_runtime.installation import Installation, Missing, SharedMemory
+from triton_runtime.installation import SHARED_MEMORY_FOLDER, Installation, Missing, SharedMemory
 from triton_runtime.server import Endpoint, TritonFailed, TritonServer
+from triton_runtime.stubs import servers_since
 from triton_runtime.workplace import PLACE, Workplace, sweep
 
 
@@ -328,10 +329,9 @@ def test_a_crash_at_the_start_is_tried_again_but_once(
 # ---- how it ends ----
 
 
-def leftovers() -> set[str]:
-    """Shared memory and folders of embedded servers, and what Triton makes beside them."""
-    found = [*Path("/dev/shm").glob("triton*"), *PLACE.glob("triton*"), *Path("/tmp").glob("python_env_*")]
-    return {str(path) for path in found}
+def left_by(process: subprocess.Popen) -> set[str]:
+    """Shared memory and folders of the servers that a process started."""
+    return {str(path) for place in (SHARED_MEMORY_FOLDER, PLACE) for path in place.glob(f"triton_{process.pid}_*")}
 
 
 def listening_on(port: int) -> list[str]:
@@ -385,40 +385,35 @@ def parent(folder: Path) -> int:
         return -1
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_cleanly_and_nothing_is_left(pristine: Path, number: int) -> None:
-    before = leftovers()
     endpoint = free_endpoint()
     with embedded(pristine, endpoint) as (process, server):
         assert len(processes(server)) > 3, "the server and its stubs"
         for port in (endpoint.http, endpoint.grpc, endpoint.metrics):
             assert set(listening_on(port)) <= {"0100007F", "0000000000000000FFFF00000100007F"}, "on loopback alone"
             assert len(listening_on(port)) == 1
+        assert left_by(process)
         process.send_signal(number)
         assert process.wait(60) == 0
     assert processes(server) == []
-    assert leftovers() == before
+    assert left_by(process) == set()
     assert not list(pristine.rglob("__pycache__"))
 
 
-@pytest.mark.alone
 def test_a_server_that_dies_is_reported_and_not_restarted(pristine: Path) -> None:
-    before = leftovers()
     with embedded(pristine, free_endpoint()) as (process, server):
         os.kill(server, signal.SIGKILL)
         assert process.wait(60) == 1
         assert process.stderr is not None
         assert "ended by itself with status -9" in process.stderr.read()
     assert processes(server) == []
-    assert leftovers() == before
+    assert left_by(process) == set()
 
 
-@pytest.mark.alone
+@pytest.mark.alone  # any server that starts cleans up
 def test_a_server_whose_parent_is_killed_ends_too_and_the_next_one_cleans_up(pristine: Path) -> None:
-    def left_by(process: subprocess.Popen) -> set[str]:
-        return {path for path in leftovers() if f"triton_{process.pid}_" in path}
-
+    environments = set(Path("/tmp").glob("python_env_*"))
     with embedded(pristine, free_endpoint()) as (killed, server):
         killed.kill()
         killed.wait()
@@ -431,6 +426,8 @@ def test_a_server_whose_parent_is_killed_ends_too_and_the_next_one_cleans_up(pri
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     assert left_by(process) == set()
+    if not servers_since():  # one that runs may have made what is new
+        assert set(Path("/tmp").glob("python_env_*")) <= environments
 
 
 def test_nothing_of_a_server_lies_among_the_temporary_files(triton: Endpoint) -> None:

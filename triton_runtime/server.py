@@ -39,8 +39,11 @@ from triton_runtime.workplace import Workplace
 _CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
 RESTRICTED = "shared-memory,trace,logging"
 """Groups of Triton's API that nothing here uses, and that would let whoever reaches its ports make it write files, say
-less, or map memory. They are locked with a key that is thrown away. Loading and unloading needs no lock: while it polls
-the repository, Triton refuses both."""
+less, or map memory. They are locked. Loading and unloading needs no lock: while it polls the repository, Triton refuses
+both."""
+LOCK = "no client"
+"""The header that would open them, whose value whoever lists processes can read. But nobody can send it: gRPC takes no
+header with a blank in its name, and HTTP none with a line's end in its value."""
 
 
 class TritonFailed(RuntimeError):
@@ -163,7 +166,7 @@ class TritonServer:
     def command(self, server: Path, backends: Path) -> list[str]:
         """The server's command line. What it shares memory by is named as the folder of its `backends`."""
         endpoint = self.endpoint
-        lock = f"{RESTRICTED}:triton-admin={secrets.token_hex(16)}"
+        lock = f"{RESTRICTED}:{LOCK}={secrets.token_hex(16)}\n."
         return [
             str(server),
             f"--model-repository={self.repository}",
