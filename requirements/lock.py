@@ -19,6 +19,7 @@ LOCKS = {
     "export": "3.11",
     "perf": "3.11",
     "contenders": "3.11",
+    "clients": "3.11",
     "train": "3.11",
 }
 """Extra -> Python of the environment. The steps run on the Python of NVIDIA's image."""

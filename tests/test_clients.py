@@ -135,7 +135,7 @@ def test_javas_client_is_answered(gateway: GatewayProcess, tmp_path: Path) -> No
     batch = tmp_path / "batch.json"
     pictures = [{"image": base64.b64encode(picture.read_bytes()).decode()} for picture in EXAMPLES]
     batch.write_text(json.dumps({"items": pictures * 4}))
-    source = ROOT / "tests/Client.java"
+    source = ROOT / "tests/clients/Client.java"
     printed = run(java, source, f"{gateway.url}/v1/predict", "image/jpeg", *EXAMPLES, EXAMPLES[0])
     assert [line[:12] for line in printed.splitlines()] == ["200 HTTP_1_1"] * (len(EXAMPLES) + 1), printed
     printed = run(java, source, f"{gateway.url}/v1/predict/batch", "application/json", batch, batch)
