@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import onnx
+import psutil
 import pytest
 
 from export import candidate
@@ -33,6 +34,15 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.jpg"))
 http = httpx.Client(verify=False, limits=httpx.Limits(max_keepalive_connections=0))
 """As `httpx` itself, a connection for each request, without reading all the authorities first: 70 ms of processor."""
 PARCELS = Path(os.environ.get("PARCELS", ROOT.parent / "shared" / "data" / "parcels"))
+
+
+def process_of(triton: Endpoint) -> psutil.Process:
+    """The server that listens there."""
+    (server,) = [
+        process for process in psutil.process_iter(["name", "cmdline"])
+        if process.info["name"] == "tritonserver" and f"--grpc-port={triton.grpc}" in (process.info["cmdline"] or ())
+    ]  # fmt: skip
+    return server
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:

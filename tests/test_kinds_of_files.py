@@ -12,16 +12,19 @@ import signal
 import struct
 import time
 import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
 import pytest
 from PIL import Image
 
-from tests.conftest import EXAMPLES, ROOT
+from tests.conftest import EXAMPLES, ROOT, GatewayProcess, http, process_of
 from tests.fuzzing import handmade
 from tests.offline import PREPROCESSING
 from tests.test_preprocessing import encode, grown, preprocess, quadrants
+from triton_runtime.server import Endpoint
 
 PictureError = PREPROCESSING.PictureError
 CASES = ROOT.parent / "shared/cases/pictures"
@@ -357,6 +360,23 @@ def test_too_many_pixels_of_an_avif_are_refused_unread() -> None:
     place = data.index(b"ispe") + 8
     changed = patched(patched(data, place, ">I", 9000), place + 4, ">I", 9000)
     assert "9000 x 9000 is more than" in refusal(changed)
+
+
+def test_avifs_under_load_are_answered_beside_everything_else(
+    gateway: GatewayProcess, triton: Endpoint, jpeg: bytes
+) -> None:
+    """Each is decoded in a process that a process of Triton forks off, while others decode, answer and are asked."""
+    pictures = [jpeg, *(encode(photograph(size=(400 + n, 300)), "AVIF", speed=10) for n in range(3))]
+    before, count = set(process_of(triton).children()), len(pictures) * 24
+
+    def ask(number: int) -> int:
+        headers = {"Content-Type": "image/jpeg", "X-Timeout-Ms": "30000"}
+        answer = http.post(f"{gateway.url}/v1/predict", content=pictures[number % len(pictures)], headers=headers)
+        return answer.status_code
+
+    with ThreadPoolExecutor(16) as pool:
+        assert Counter(pool.map(ask, range(count))) == {200: count}
+    assert set(process_of(triton).children()) == before
 
 
 def box(brand: bytes, *others: bytes) -> bytes:

@@ -21,13 +21,12 @@ from types import SimpleNamespace
 
 import grpc
 import numpy as np
-import psutil
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from export import config
-from tests.conftest import ROOT, free_endpoint, http, wait_for
+from tests.conftest import ROOT, free_endpoint, http, process_of, wait_for
 from tests.offline import Offline
 from tests.test_preprocessing import png_header
 from triton_runtime import installation, workplace
@@ -432,10 +431,7 @@ def test_a_server_whose_parent_is_killed_ends_too_and_the_next_one_cleans_up(pri
 
 def test_nothing_of_a_server_lies_among_the_temporary_files(triton: Endpoint) -> None:
     """Cleaners remove there what is ten days old, and where nothing may be executed no step could be started."""
-    (server,) = [
-        process for process in psutil.process_iter(["name", "cmdline"])
-        if process.info["name"] == "tritonserver" and f"--grpc-port={triton.grpc}" in (process.info["cmdline"] or ())
-    ]  # fmt: skip
+    server = process_of(triton)
     used = {str(Path(each.path).parent) for each in server.memory_maps() if "triton" in each.path}
     assert not [path for path in used if path.startswith(tempfile.gettempdir())]
     assert str(PLACE) in str(server.cwd())
