@@ -19,6 +19,7 @@ from chaos.load import Known
 from chaos.releases import Pair
 from chaos.stack import shared_memory
 from chaos.trial import Report, servers, stack_for, try_out
+from export.printing import wide_console
 from export.repository import Repository
 from triton_runtime.installation import Missing
 from triton_runtime.server import TritonFailed
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse.parse_args(arguments)
     unwind_on_signals()
     faults = sorted((FAULTS[name] for name in options.only or FAULTS), key=lambda fault: bool(fault.routing))
-    console = Console()
+    console = wide_console()
     try:
         reports = _run(faults, options, console)
     except (Missing, TritonFailed, OSError) as error:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import re
 import signal
+import subprocess
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -18,7 +21,11 @@ from chaos.load import Ask, Known, Load, Seen
 from chaos.releases import Pair, poisoned
 from chaos.stack import Stack, send, wait_for
 from contract import STEPS
+from export.exam import Verdict
+from export.repository import Repository
+from export.steps import VERDICT
 from triton_runtime.server import TritonFailed
+from triton_runtime.stack import ROOT, Child
 
 Spared = Literal["late", "untyped"]
 _CLIENTS = 48
@@ -176,6 +183,47 @@ def _lose_stable(stack: Stack, _: Known, hold: float) -> None:
     away.rename(folder)
 
 
+def _drop(stack: Stack, _: Known, hold: float) -> None:
+    """Drop versions as people do: sound but closed to others, one that hangs and leaves a process behind, and nothing.
+
+    The watcher is killed while it examines the first, and started again, as `make serve` does. Then the servers start
+    anew, one after the other, with what was published.
+    """
+    root = stack.pair.root
+    closed = stack.pair.drop(3, "# dropped", 0o600)
+    hangs = stack.pair.drop(4, "import os, time\nos.fork() or os.setsid()\ntime.sleep(1e6)", 0o644)
+    nothing = stack.pair.drop(5, "this is no Python", 0o644)
+    rules = root.parent / "exam.toml"
+    rules.write_text(re.sub(r"timeout_s = \d+", "timeout_s = 20", (ROOT / "export" / "exam.toml").read_text()))
+    arguments = ("export", "watch", "--repository", str(root), "--rules", str(rules), "--settle-s", "1")
+    with Child(*arguments, stdout=subprocess.DEVNULL) as watcher:
+        if not _holds((closed / VERDICT).exists, 60):
+            stack.problems.append("no exam began")
+        watcher.process.kill()
+    with Child(*arguments, stdout=subprocess.DEVNULL):
+        if not _holds(lambda: bool(_published(root)) and all(map(_is_refused, (hangs, nothing))), 240):
+            stack.problems.append("the drops were not examined")
+    for triton in stack.tritons:
+        triton.stop()
+        triton.start()
+        time.sleep(hold)
+    if shut := [path for path in root.rglob("*") if not path.stat().st_mode & 0o004]:
+        stack.problems.append(f"{shut[0].relative_to(root)} cannot be read by others")
+    stack.notes.append(f"published {', '.join(_published(root)) or 'nothing'}")
+
+
+def _published(root: Path) -> list[str]:
+    """The releases with the first drop."""
+    repository = Repository(root)
+    releases = [release for pipeline in repository.pipelines() for release in repository.releases(pipeline)]
+    return [release.name for release in releases if release.steps["preprocess"].version == 3]
+
+
+def _is_refused(drop: Path) -> bool:
+    verdict = drop / VERDICT
+    return verdict.exists() and Verdict.model_validate_json(verdict.read_text()).deaths == 0
+
+
 def _extra(seen: list[Seen]) -> list[Seen]:
     """What is judged for what it is, but nobody promised that it is answered."""
     return [replace(each, is_ordinary=False) for each in seen]
@@ -313,6 +361,7 @@ def _table() -> list[Fault]:
         Fault("release-hang", _hang_release, is_hidden=True, routing=SOUND_ANSWERS),
         Fault("poison", _send_poison, replicas=2, is_hidden=True, routing=OTHER_ANSWERS),
         Fault("shadow-alone", _lose_stable, routing=OTHER_WATCHES),
+        Fault("drops", _drop, replicas=2, is_hidden=True, routing=SOUND_ANSWERS),
         Fault("gateway-kill", _kill_gateway, spared=frozenset({"untyped"})),
         Fault("gateway-hang", _hang_gateway, spared=frozenset({"late"})),
         Fault("clients-vanish", partial(_misbehave, client=_vanish), is_hidden=True),

@@ -62,6 +62,18 @@ class Pair:
         self.sound = sound.name
         self.other = copy.publish(candidate, config.Serving.read(ROOT / "export" / "serving.toml")).manifest.name
 
+    def drop(self, number: int, code: str, mode: int) -> Path:
+        """Put another version of preprocessing beside the others: the sound one's, with `code` at its end."""
+        repository = Repository(self.root)
+        sound = repository.release(self.sound)
+        folder = repository.step_folder(sound.pipeline, "preprocess", sound.steps["preprocess"].version)
+        drop = Path(shutil.copytree(folder, folder.with_name(str(number))))
+        with (drop / "preprocessing.py").open("a") as file:
+            file.write(f"\n{code}\n")
+        for path in drop.iterdir():
+            path.chmod(mode)
+        return drop
+
     def deaths(self) -> int:
         """How many processes were ended by a picture until now."""
         return self._log.stat().st_size if self._log.exists() else 0

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 import contract
 from contract import Manifest
+from export.printing import wide_console
 from export.repository import Repository, RepositoryError
 from export.steps import REPOSITORY
 
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     parse.add_argument("new", help="such as defect-v2")
     parse.add_argument("--repository", type=Path, default=REPOSITORY, metavar="DIR", help="default: model_repository")
     options = parse.parse_args(arguments)
-    repository, console = Repository(options.repository), Console()
+    repository, console = Repository(options.repository), wide_console()
     try:
         old, new = (repository.release(name) for name in (options.old, options.new))
         console.print(facts(old, new))

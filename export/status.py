@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 import contract
 from contract.routing import LATEST, Routing
 from export import release as releasing
+from export.printing import wide_console
 from export.repository import Repository, told
 from export.retire import ROUTING, read_routing
 from export.steps import REPOSITORY
@@ -68,8 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parse.add_argument("--repository", type=Path, default=REPOSITORY, metavar="DIR", help="default: model_repository")
     parse.add_argument("--routing", type=Path, default=ROUTING, metavar="FILE", help="default: routing/routing.toml")
     options = parse.parse_args(arguments)
-    narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
-    console, repository = Console(width=None if narrow else 160), Repository(options.repository)
+    console, repository = wide_console(), Repository(options.repository)
     pipelines = repository.pipelines()
     if not pipelines:
         console.print(f"{options.repository} holds no release: run 'make export'", markup=False)

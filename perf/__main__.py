@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import contract
 from contract import Manifest
+from export.printing import wide_console
 from export.repository import Repository, RepositoryError
 from perf import machine, steps, tables, verdict
 from perf.analyzer import PerfError, inputs_file
@@ -105,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     name = f"{report.title.replace(' ', '-')}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     page, data = report.write(options.out, name)
-    console = Console()
+    console = wide_console()
     results = report.results
     for table in (tables.latencies(results), tables.parts(results), tables.verdicts(report.verdicts)):
         console.print(table)

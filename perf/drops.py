@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
 
 from export import graph
+from export.printing import wide_console
 from export.repository import Repository
 from triton_runtime.installation import Missing
 from triton_runtime.ports import free_endpoint, free_port
@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     parse.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     options = parse.parse_args(arguments)
     unwind_on_signals()
-    console = Console()
+    console = wide_console()
     try:
         with console.status("starting the stack") as status, running(options.repository, options.settle_s) as stack:
             measured = []

@@ -20,6 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from export.printing import wide_console
 from perf.confidence import Interval
 from perf.generator import Generator, Load
 from triton_runtime.installation import Missing
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.rounds < 2:
         parse.error("--rounds: at least 2, which an interval is made of")
     unwind_on_signals()
-    console = Console()
+    console = wide_console()
     try:
         rounds = _measure(options, console)
     except (Missing, TritonFailed, OSError) as error:

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from export.printing import wide_console
 from perf import plot
 from perf.analyzer import PerfError
 from perf.bench import pictures
@@ -207,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     parse.add_argument("--results", type=Path, default=ROOT / "perf/results/soak", help="default: perf/results/soak")
     options = parse.parse_args(arguments)
     unwind_on_signals()
-    console = Console()
+    console = wide_console()
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     try:
         found = sorted(options.pictures.rglob("*.jpg"))[:10]

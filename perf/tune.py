@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import contract
 from export.config import Serving
+from export.printing import wide_console
 from export.repository import Repository, RepositoryError
 from export.steps import REPOSITORY, digest_of
 from perf.analyzer import PerfError
@@ -98,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Search, print what was found, and write it where asked; 1 where it could not be measured or was stopped."""
     options = _parser().parse_args(arguments)
     unwind_on_signals()
-    console = Console()
+    console = wide_console()
     try:
         present = Serving.read(options.serving)
         repository = Repository(options.repository)

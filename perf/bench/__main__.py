@@ -24,6 +24,7 @@ from rich.table import Table
 from contract import Manifest
 from export.config import Serving
 from export.exam import Rules
+from export.printing import wide_console
 from export.release import Examiner
 from export.repository import Repository, RepositoryError
 from export.steps import Step
@@ -240,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.base and options.pictures_of == "12mp":
         parse.error("--pictures-of 12mp has a base of its own")
     unwind_on_signals()
-    console = Console()
+    console = wide_console()
     try:
         with Progress(console=Console(stderr=True), transient=True) as progress, tempfile.TemporaryDirectory() as name:
             task = progress.add_task("starting", total=None)
