@@ -32,7 +32,8 @@ Write = Callable[[bytes], Awaitable[None]]
 _SIGNATURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|GIF8[79]a|BM....\0\0\0\0|II[*+]\0|MM\0[*+]", re.DOTALL
 )
-"""How the files of the pictures that are taken begin."""
+"""How files of pictures begin, of which some begin like a text."""
+_BINARY = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
 _SIGNATURE_BYTES = 12
 _INFLATED = 2**18
 """So many bytes are decompressed at once: a millisecond."""
@@ -216,7 +217,7 @@ async def _read_whole(
 
     def require_picture() -> bool:
         begin = first[:_SIGNATURE_BYTES] or body.getvalue()[:_SIGNATURE_BYTES]
-        if not _SIGNATURES.match(begin):
+        if not _is_file(begin):
             raise _no_picture(media_type or "", begin)
         return True
 
@@ -226,17 +227,25 @@ async def _read_whole(
     return first or body.getvalue()  # without a copy, as this is the only reference to it
 
 
+def _is_file(begin: bytes) -> bool:
+    """Whether a body that says nothing of itself is a picture or another file, which preprocessing knows to name."""
+    return bool(_SIGNATURES.match(begin) or _BINARY.search(begin[:_SIGNATURE_BYTES]))
+
+
 def _no_picture(media_type: str, begin: bytes) -> Failure:
     if begin.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"["):
         return _not_taken(media_type, "the body looks like JSON: send application/json")
     if begin.startswith(b"--"):
         return _not_taken(media_type, "the body looks like a form: send multipart/form-data with its boundary")
-    kinds = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+    if begin.startswith((b"/9j/", b"iVBORw0KGgo", b"data:")):
+        return _not_taken(media_type, "the body looks like base64: send the bytes, or JSON with the text in it")
+    kinds = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
     return _not_taken(media_type, f"the body does not begin as {kinds}: send such a file, as image/jpeg or the like")
 
 
 def _not_taken(media_type: str, instead: str) -> Failure:
-    return Failure("unsupported_media_type", f"{media_type[:100] or 'no content type'} is not taken; {instead}")
+    what = f"{media_type[:100]} is not taken" if media_type else "there is no content type"
+    return Failure("unsupported_media_type", f"{what}; {instead}")
 
 
 async def _read(request: Request, settings: Settings, deadline: float, share: Share, write: Write) -> None:
@@ -395,7 +404,7 @@ def _from_form(form: Form, share: Share) -> Picture:
     image, url = parts.get("image"), parts.get("image_url")
     if (image is None) == (url is None):
         raise Failure("invalid_request", "exactly one of the parts 'image' and 'image_url' is needed")
-    if image and not image.is_file and not _SIGNATURES.match(image.content.getvalue()):
+    if image and not image.is_file and not _is_file(image.content.getvalue()):
         raise Failure(
             "invalid_request",
             "the part 'image' is no file: send it with a filename or as image/* (curl -F image=@parcel.jpg)",

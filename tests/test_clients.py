@@ -235,6 +235,26 @@ def test_a_part_that_is_a_picture_is_the_file(client: httpx.Client, jpeg: bytes,
     assert answer.json()["metadata"] == {"a": 1}
 
 
+@pytest.mark.parametrize("media_type", ["", "application/x-www-form-urlencoded", "a form"])
+@pytest.mark.parametrize(
+    ("body", "name"), [(b"RIFF\0\0\0\0WAVEfmt ", "WAV"), (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC")]
+)
+def test_a_file_of_another_kind_is_named_however_it_comes(
+    client: httpx.Client, body: bytes, name: str, media_type: str
+) -> None:
+    if media_type == "a form":
+        answer = client.post("/v1/predict", content=form((NAMES["neither"], body)), headers=MULTIPART)
+    else:
+        answer = client.post("/v1/predict", content=body, headers={"Content-Type": media_type} if media_type else {})
+    assert name in assert_problem(answer, "image_unsupported")["detail"]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "AVIF", "TIFF"])
+def test_a_part_that_says_nothing_is_the_file_if_it_begins_as_one(client: httpx.Client, kind: str) -> None:
+    answer = client.post("/v1/predict", content=form((NAMES["neither"], pictures()[kind])), headers=MULTIPART)
+    assert is_answer(answer), answer.text
+
+
 def test_a_file_name_in_the_place_of_a_picture_is_told_what_to_send(client: httpx.Client) -> None:
     body = form(('Content-Disposition: form-data; name="image"', b"parcel.jpg"))
     problem = assert_problem(client.post("/v1/predict", content=body, headers=MULTIPART), "invalid_request")
@@ -262,6 +282,7 @@ def test_a_byte_order_mark_and_null_say_nothing(client: httpx.Client, jpeg: byte
 # ---- bodies whose type says nothing ----
 
 
+KINDS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
 UNTYPED = ["", "application/octet-stream", "application/x-www-form-urlencoded", "text/plain", "binary/octet-stream"]
 
 
@@ -269,13 +290,13 @@ def pictures() -> dict[str, bytes]:
     """The first example in every format that is taken."""
     made = {}
     with Image.open(EXAMPLES[0]) as picture:
-        for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
+        for kind in KINDS:
             picture.save(file := BytesIO(), kind)
             made[kind] = file.getvalue()
     return made
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_pictures_own_header_decides_whatever_the_type_says(client: httpx.Client, kind: str) -> None:
     picture = pictures()[kind]
     for media_type in UNTYPED:
@@ -294,7 +315,7 @@ def test_a_pictures_own_header_decides_whatever_the_type_says(client: httpx.Clie
         (b"--x\r\nContent-Disposition: form-data", "looks like a form: send multipart/form-data"),
         (b"image=AAAA&metadata=x", "send such a file, as image/jpeg"),
         (b"\xff\xd8", "send such a file, as image/jpeg"),
-        (b"RIFF\0\0\0\0WAVEfmt ", "send such a file, as image/jpeg"),
+        (b"/9j/4AAQSkZJRg", "looks like base64"),
     ],
 )
 def test_what_is_refused_for_its_type_says_what_to_send(client: httpx.Client, body: bytes, said: str) -> None:
