@@ -213,6 +213,8 @@ def _is_text(name: str) -> bool:
 
 def state_of(folder: Path) -> str:
     """A version as the file system shows it: rights, names, sizes, dates. No content is read; nothing hidden counts."""
+    if folder.is_symlink():
+        return f"a link\nto {os.readlink(folder)}"  # through which it could be a whole file system
     entries = [f"{folder.lstat().st_mode:o}"]
     for path in sorted(folder.rglob("*")):
         if path.name != VERDICT and not any(map(is_hidden, path.relative_to(folder).parts)):

@@ -339,6 +339,16 @@ def test_a_published_version_that_is_damaged_is_taken_out_of_sight(
         assert answer(server, "tiny-v2")
 
 
+def test_the_watcher_does_not_walk_through_a_link(tiny: Repository) -> None:
+    """Which could lead to all of a file system, where things come and go."""
+    tiny.step_folder("tiny", "classifier", 20).symlink_to("/proc")
+    watcher = watcher_of(tiny, events := [])
+    watcher.look()
+    watcher.look()
+    assert names(events) == ["seen", "examining", "refused"]
+    assert "20 is a link" in events[-1]["cause"]
+
+
 # ---- the command, and what a release records ----
 
 

@@ -184,6 +184,29 @@ def test_a_triton_that_does_not_load_it_again_is_started_anew(clock: Clock) -> N
     assert 10 < clock.until(lambda actions: Restart() in actions) < 20
 
 
+def test_a_triton_that_loads_nothing_any_more_is_started_anew_though_others_answer(clock: Clock) -> None:
+    """Where a process is killed while it starts, Triton may wait for it forever."""
+    clock.start(1)
+    clock.start(2, FILE.parent.with_name("2") / FILE.name)
+    clock.look()
+    clock.die(1)
+    asked = [clock.until(lambda actions: Reload(FILE) in actions) for _ in range(3)]
+    assert clock.until(lambda actions: Restart() in actions) + sum(asked) < 60
+    assert clock.said[-1].endswith("within 12 s, 3 times: the server is started anew")
+
+
+def test_a_triton_that_loads_again_late_is_not_started_anew(clock: Clock) -> None:
+    clock.start(1)
+    clock.start(2, FILE.parent.with_name("2") / FILE.name)
+    clock.look()
+    for number in range(3, 9):  # each dies, and takes two tries to be replaced
+        clock.die(1 if number == 3 else number - 1)
+        for _ in range(2):
+            clock.until(lambda actions: Reload(FILE) in actions)
+        clock.start(number)
+        assert clock.look() == []
+
+
 def test_a_process_that_died_before_anybody_knew_it_has_the_server_started_anew(clock: Clock) -> None:
     clock.die(1)
     assert 9 < clock.until(lambda actions: Restart() in actions) < 12

@@ -303,6 +303,18 @@ def test_a_model_that_cannot_load_is_named_with_its_reason(repository: Path) -> 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("config", [b"garbage", b"\xff\xfe\0", b""])
+def test_what_is_broken_of_one_pipeline_keeps_no_other_from_its_start(
+    pristine: Path, tmp_path: Path, release: str, config: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    repository = Path(shutil.copytree(pristine, tmp_path / "model_repository"))
+    (repository / "fruit-v1").mkdir()
+    (repository / "fruit-v1/config.pbtxt").write_bytes(config)
+    with TritonServer(repository, free_endpoint()) as server:
+        assert server.wait_until_ready() == [release]
+    assert "triton: goes on without fruit-v1 (" in capfd.readouterr().err
+
+
 class Crashing(TritonServer):
     """One that crashes so many times before it runs, as Triton does too seldom to be waited for."""
 

@@ -27,6 +27,9 @@ _STRAY_S = 10.0
 """A process that died before it was seen: nobody knows what it ran, and Triton may wait for it forever."""
 _APPEAR_S = 10.0
 """Beside the time between two looks of Triton at its repository."""
+_MOST_MISSED = 3
+"""After so many times in a row in which Triton loaded nothing, it never will. Where a process is killed while it starts
+Triton may wait for it forever, and loads nothing else either."""
 _PROVEN_S = 60.0
 """New processes that live so long are loaded, and nobody waits for the old ones any more."""
 _MOST_DEAD = 32
@@ -72,6 +75,8 @@ class _Step:
     file: Path = Path()
     old: frozenset[Process] = frozenset()
     has_come: bool = False
+    missed: int = 0
+    """How often in a row nothing came."""
     refusal: str = ""
 
 
@@ -98,7 +103,7 @@ class Healer:
         self._restart_at: float | None = None
         for step in self._steps.values():
             step.due = step.asked = None
-            step.old, step.refusal = frozenset(), ""
+            step.old, step.refusal, step.missed = frozenset(), "", 0
 
     @property
     def pause(self) -> float:
@@ -152,12 +157,13 @@ class Healer:
         new = [process for process, file in seen.living.items() if _folder(file) == folder and process not in step.old]
         if step.asked is not None:
             if new and not step.has_come:
-                step.has_come = True
+                step.has_come, step.missed = True, 0
                 yield Say(f"{_name(folder)} is loaded again, in process {_numbers(new)}")
             if fresh := [process for process in lost if process not in step.old]:
                 step.asked = None
                 lost = fresh
-            elif self._has_not_come(now, step) and self._has_siblings(folder, seen):
+            elif self._has_not_come(now, step) and not self._is_hopeless(folder, step, seen):
+                step.missed += 1
                 yield self._schedule(now, step, f"{_name(folder)} was not loaded again, and others answer")
             elif step.has_come and not new:
                 yield self._schedule(now, step, f"{_name(folder)} could not be loaded, see Triton's log")
@@ -176,6 +182,10 @@ class Healer:
 
     def _has_not_come(self, now: float, step: _Step) -> bool:
         return step.asked is not None and not step.has_come and now - step.asked >= self._appear_s
+
+    def _is_hopeless(self, folder: Path, step: _Step, seen: Seen) -> bool:
+        """Whether to try once more is no use, or would spare nobody."""
+        return step.missed + 1 >= _MOST_MISSED or not self._has_siblings(folder, seen)
 
     @staticmethod
     def _has_siblings(folder: Path, seen: Seen) -> bool:
@@ -197,8 +207,9 @@ class Healer:
         for folder, step in self._steps.items():
             if step.refusal:
                 return f"{_name(folder)} cannot be loaded again ({step.refusal})"
-            if self._has_not_come(now, step) and not self._has_siblings(folder, seen):
-                return f"it did not load {_name(folder)} again within {self._appear_s:g} s"
+            if self._has_not_come(now, step) and self._is_hopeless(folder, step, seen):
+                times = f", {step.missed + 1} times" if step.missed else ""
+                return f"it did not load {_name(folder)} again within {self._appear_s:g} s{times}"
         return ""
 
     def _restart(self, now: float, why: str) -> Iterator[Action]:

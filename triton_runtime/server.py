@@ -197,7 +197,7 @@ class TritonServer:
         return [contract.release_name(pipeline, number) for pipeline, number in sorted(newest.items())]
 
     def wait_until_ready(self, timeout: float = 120.0) -> list[str]:
-        """Wait until the newest release of each pipeline answers; return their names.
+        """Wait until the newest release of each pipeline answers, or cannot while others do; return those that answer.
 
         Triton 24.10 crashes at a start now and then, seldom, when a lock of its shared memory fails
         (`boost::interprocess::lock_exception`). It is started again then, once.
@@ -218,6 +218,9 @@ class TritonServer:
             if self._stopping.is_set():
                 raise TritonFailed("Triton was stopped while starting")
             waiting = [name for name in waiting if not self._ready(name)]
+            if waiting and len(waiting) < len(self.releases()) and (broken := self._broken(waiting)):
+                print(f"triton: goes on without {broken}", file=sys.stderr, flush=True)
+                break
             if waiting and (reasons := self._failures(settled=True)):
                 raise TritonFailed(f"{', '.join(waiting)} cannot be served: {reasons}")
             if waiting and time.monotonic() > deadline:
@@ -225,7 +228,17 @@ class TritonServer:
                     f"{', '.join(waiting)} not ready after {timeout:g} s: {self._failures() or 'loading'}"
                 )
             time.sleep(0.1)
-        return self.releases()
+        return [name for name in self.releases() if name not in waiting]
+
+    def _broken(self, releases: list[str]) -> str:
+        """These releases with the reason why they cannot be served; empty while one of them may still come."""
+        index = self._index()
+        states = {model["name"]: model.get("state") for model in index or ()}
+        if index is None or "LOADING" in states.values() or "READY" in map(states.get, releases):
+            return ""
+        reasons = {model["name"]: model.get("reason") for model in index}
+        missing = "its config.pbtxt cannot be read, see above"  # Triton leaves such a folder out
+        return "; ".join(f"{name} ({reasons.get(name) or missing})" for name in releases)
 
     def _ready(self, release: str) -> bool:
         try:
@@ -236,12 +249,7 @@ class TritonServer:
 
     def _failures(self, settled: bool = False) -> str:
         """Why models are unavailable, as Triton says; with `settled`, nothing while one is still loading."""
-        request = urllib.request.Request(self.endpoint.url("/v2/repository/index"), data=b"{}", method="POST")
-        try:
-            with urllib.request.urlopen(request, timeout=5) as response:
-                index = json.load(response)
-        except (urllib.error.URLError, OSError, ValueError):
-            return ""
+        index = self._index() or []
         if settled and any(model.get("state") == "LOADING" for model in index):
             return ""
         reasons = [
@@ -250,6 +258,15 @@ class TritonServer:
             if model.get("state") == "UNAVAILABLE"
         ]
         return "; ".join(reasons)
+
+    def _index(self) -> list[dict[str, str]] | None:
+        """What Triton has; None where it does not say."""
+        request = urllib.request.Request(self.endpoint.url("/v2/repository/index"), data=b"{}", method="POST")
+        try:
+            with urllib.request.urlopen(request, timeout=5) as response:
+                return list(json.load(response))
+        except (urllib.error.URLError, OSError, ValueError):
+            return None
 
     def poll(self) -> int | None:
         """Triton's exit status where it ended by itself; None while it runs, or is being restarted."""
