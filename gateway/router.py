@@ -156,7 +156,12 @@ class Router:
             return Failure("triton_unavailable", "Triton has not been reached yet")
         known = [f"{release.name}: {release.reason}" for release in self._releases.known if release.reason]
         pipeline = self._releases.pipeline
-        said = "each has a reason in /version" if known else "Triton has none of it, or shows none"
+        if known:
+            said = "each has a reason in /version"
+        elif self._releases.known:
+            said = "what is left is the shadow, which never does"
+        else:
+            said = "Triton has none of it, or shows none"
         return Failure("no_release", f"no release of {pipeline} may answer: {said}", cause="; ".join(known))
 
 
