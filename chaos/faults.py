@@ -155,7 +155,7 @@ def _hang_release(stack: Stack, known: Known, hold: float) -> list[Seen]:
     with Load(known, stack.gateway, clients=400, pause_s=2.0, pin=stack.pair.other) as crowd:
         time.sleep(2 * hold)
     for stub in stopped:
-        send(stub, signal.SIGKILL)  # to go on would be another fault: what was given up makes Triton 24.10 crash then
+        send(stub, signal.SIGKILL)  # to go on would be another fault: what was abandoned makes Triton 24.10 crash then
     return _extra(crowd.seen)
 
 
@@ -187,7 +187,7 @@ def _drop(stack: Stack, _: Known, hold: float) -> None:
     """Drop versions as people do: sound but closed to others, one that hangs and leaves a process behind, and nothing.
 
     The watcher is killed while it examines the first, and started again, as `make serve` does. Then the servers start
-    anew, one after the other, with what was published.
+    again, one after the other, with what was published.
     """
     root = stack.pair.root
     closed = stack.pair.drop(3, "# dropped", 0o600)

@@ -168,7 +168,7 @@ class Lane:
         return True
 
     def learn(self, call: Call) -> None:
-        """A call ended. One that was given up would have taken longer still."""
+        """A call ended. One that was abandoned would have taken longer still."""
         now = time.monotonic()
         seconds = now - call.sent
         if call.is_given_up and seconds < self.call_s:
@@ -186,7 +186,7 @@ class Lane:
             knee.pause()
 
     def left_after_giving_up(self, call: Call) -> float:
-        """Seconds for which a call that was given up keeps its place: until it would usually have been answered.
+        """Seconds for which an abandoned call keeps its place: until it would usually have been answered.
 
         Triton drops it only between two steps. What waits for its first step is worked on for nobody, and clients
         that leave would fill that queue without end.
@@ -281,7 +281,7 @@ class Dispatcher:
 
         `has_other`: the caller would ask another release, so this one is not waited for while it is down.
 
-        Cancelled, or at the deadline, it is given up: it leaves the line, or its call, which is cancelled with the
+        Cancelled, or at the deadline, it is abandoned: it leaves the line, or its call, which is cancelled with the
         last of its pictures.
 
         Raises:

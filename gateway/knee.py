@@ -1,7 +1,7 @@
 """How many calls a Triton gets at once, found from how long they take.
 
 Up to the knee, more calls at once mean more answers a second; beyond it they only wait in Triton's queues, where they
-cannot be grouped, put in a fair order or given up cheaply. The idea is that of TCP Vegas: of `limit` calls that take
+cannot be grouped, put in a fair order or abandoned cheaply. The idea is that of TCP Vegas: of `limit` calls that take
 `slowdown` times as long as beside few others, `limit * (1 - 1 / slowdown)` are waiting. About one keeps the processors
 busy; more would only make the calls smaller, and each has its price. TCP compares with the least time ever seen; where
 every call takes another time, as here, that would mistake each one for a queue, so a median is compared with what is
@@ -107,7 +107,7 @@ class Knee:
             return
         of_fewest = min(self._most, there / _FEWEST)
         if of_fewest > _LARGER * max(size for size, *_ in self._learnt):
-            self._learn_anew()
+            self._learn_again()
             return
         of_picture = self._usual(of_fewest) * self._cycle / (_FEWEST * of_fewest)
         self._window.append((seconds / self._usual(pictures), cycle / there / of_picture))
@@ -159,7 +159,7 @@ class Knee:
             self._each += _RECENT * (each - self._each)
             if self._each > 1 / (1 + _WORTH):
                 if self._calls > _STALE_AFTER:
-                    self._learn_anew()
+                    self._learn_again()
                     return
                 self._has_enough, self._limit = True, float(_FEWEST)
         if not self._has_enough:
@@ -167,7 +167,7 @@ class Knee:
         costs_nothing = self.limit == _FEWEST and not self._has_enough
         renew_after = _RENEW_AFTER[0] if costs_nothing else self._renew_after
         if self._calls > renew_after * self._limit:
-            self._learn_anew()
+            self._learn_again()
 
     def _move(self, slowdown: float) -> None:
         waiting = self._limit * (1 - 1 / slowdown)
@@ -181,7 +181,7 @@ class Knee:
             self._limit -= max(1.0, (waiting - too_many) / 2)
         self._limit = min(_MOST, max(_FEWEST, self._limit))
 
-    def _learn_anew(self) -> None:
+    def _learn_again(self) -> None:
         self._is_learning = True
         self._each = _HOPE
         self._learnt.clear()

@@ -88,13 +88,13 @@ class Records:
 
 
 class GivenUp:
-    """The calls that were given up lately: how they ended nobody heard, and it may have been with a process."""
+    """The calls that were abandoned lately: how they ended nobody heard, and it may have been with a process."""
 
     def __init__(self) -> None:
         self._calls: deque[tuple[str, str, float, list[tuple[bytes, bool]]]] = deque(maxlen=_MOST_GIVEN_UP)
 
     def add(self, server: str, release: str, sent: float, pictures: Iterable[bytes], *, was_trial: bool) -> None:
-        """A call that was sent then (monotonic seconds) was given up just now."""
+        """A call that was sent then (monotonic seconds) was abandoned just now."""
         self._calls.append((server, release, sent, [(digest_of(picture), was_trial) for picture in pictures]))
 
     def take(self, server: str, release: str) -> list[tuple[bytes, bool]]:

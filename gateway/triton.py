@@ -50,14 +50,14 @@ class TritonError(Exception):
 
     @property
     def is_of_the_server(self) -> bool:
-        """Whether the server failed, not the request: it is going, gone, or one of its processes died or was given up.
+        """Whether the server failed, not the request: it is going, gone, or one of its processes died or was abandoned.
 
         NOT_FOUND is what Triton says of every model while it shuts down.
         """
         if self.status is grpc.StatusCode.UNAVAILABLE:
             return not self.is_queue_full
         died = bool(self.dead_process)
-        # Between two steps of a release: what the first one's process returned was cut short, as it had been given up.
+        # Between two steps of a release: what the first one's process returned was cut short, as it had been abandoned.
         lost = self.status is grpc.StatusCode.INVALID_ARGUMENT and "missing required input" in self.detail
         return died or lost or self.status is grpc.StatusCode.NOT_FOUND
 

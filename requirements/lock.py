@@ -26,7 +26,7 @@ LOCKS = {
 
 
 def main() -> None:
-    """Write every lock file anew."""
+    """Write every lock file again."""
     uv = Path(sys.executable).with_name("uv")
     for extra, python in LOCKS.items():
         target = HERE / f"{extra}.lock"

@@ -1,4 +1,4 @@
-"""Requests that wait share calls of a real Triton, in a fair order, and what is given up costs it nothing."""
+"""Requests that wait share calls of a real Triton, in a fair order, and what is abandoned costs it nothing."""
 
 from __future__ import annotations
 
@@ -312,7 +312,7 @@ def test_an_unknown_release_is_refused(lab: Callable[..., None], jpeg: bytes) ->
         (grpc.StatusCode.NOT_FOUND, "Request for unknown model: 'defect-v1' is not found", True),
         (grpc.StatusCode.INTERNAL, "Stub process 'defect_classifier_0_0' is not healthy.", True),
         (grpc.StatusCode.INTERNAL, "onnxruntime: the shape is wrong", False),
-        # Seen when a process that was given up had been stopped in the middle of its answer, and went on.
+        # Seen when a process that was abandoned had been stopped in the middle of its answer, and went on.
         (
             grpc.StatusCode.INVALID_ARGUMENT,
             "in ensemble 'defect-v1', expected 4 inputs but got 3 inputs for model 'defect_postprocess'. Got input(s) "

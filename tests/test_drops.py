@@ -66,7 +66,7 @@ def answer(server: TritonServer, release: str = "tiny-v1") -> str:
 
 
 class Served:
-    """A repository that gathers drop after drop, and a Triton on it that is started anew after each."""
+    """A repository that gathers drop after drop, and a Triton on it that is started again after each."""
 
     def __init__(self, root: Path) -> None:
         self.repository = Repository(root)

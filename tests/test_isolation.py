@@ -164,7 +164,7 @@ def test_a_release_whose_step_died_takes_no_other_one_with_it(servers: int) -> N
             broken = [asyncio.create_task(world.ask(OTHER.name, seconds=2)) for _ in range(20)]
             ends = Counter([await world.ask(SOUND.name) for _ in range(300)])
             assert ends == {"answered": 300}
-            # Those that were alone with a process when it died are not given up before their time.
+            # Those that were alone with a process when it died are not abandoned before their time.
             assert set(await asyncio.gather(*broken)) <= {"NOT_FOUND", "deadline_exceeded"}
             assert all(replica.is_available for replica in world.fleet.replicas)
             assert await world.ask(SOUND.name) == "answered"

@@ -316,6 +316,6 @@ def test_outputs_that_are_not_one_for_each_item_are_an_error_of_each_request(mod
 
 @pytest.mark.parametrize("name", ["items_per_run", "intra_op_thread_count"])
 def test_a_number_below_zero_is_refused_at_the_start(model: Callable[..., Any], name: str) -> None:
-    """There would be no piece, or no thread to run it: every request would wait for ever."""
+    """There would be no piece, or no thread to run it: every request would wait forever."""
     with pytest.raises(ValueError, match=f"{name} is -1"):
         model(**{name: -1})

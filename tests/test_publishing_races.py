@@ -193,7 +193,7 @@ def test_of_two_who_retire_the_second_is_asked_about_what_the_first_left(tiny: R
 
 
 def test_a_number_that_a_retired_release_pinned_is_not_given_again(tiny: Repository) -> None:
-    """Also when somebody removed the version's folder since: a number names one content for ever."""
+    """Also when somebody removed the version's folder since: a number names one content forever."""
     drop(tiny, 2)
     examiner_of(tiny).release_drop("tiny", {"classifier": 2}, lambda _: None)
     tiny.retire("tiny-v2")

@@ -206,7 +206,7 @@ class TritonServer:
             TritonFailed: Triton ended or the time is over; the message holds each model's own reason.
         """
         deadline = time.monotonic() + timeout
-        waiting = self.releases()
+        wanted = waiting = self.releases()
         has_crashed = False
         while waiting:
             if (status := self.poll()) is not None:
@@ -218,27 +218,20 @@ class TritonServer:
             if self._stopping.is_set():
                 raise TritonFailed("Triton was stopped while starting")
             waiting = [name for name in waiting if not self._ready(name)]
-            if waiting and len(waiting) < len(self.releases()) and (broken := self._broken(waiting)):
-                print(f"triton: goes on without {broken}", file=sys.stderr, flush=True)
+            if not waiting:
                 break
-            if waiting and (reasons := self._failures(settled=True)):
-                raise TritonFailed(f"{', '.join(waiting)} cannot be served: {reasons}")
-            if waiting and time.monotonic() > deadline:
-                raise TritonFailed(
-                    f"{', '.join(waiting)} not ready after {timeout:g} s: {self._failures() or 'loading'}"
-                )
+            index = self._index()
+            if index and not any(model.get("state") == "LOADING" for model in index):
+                if len(waiting) < len(wanted) and (broken := _broken(index, waiting)):
+                    print(f"triton: goes on without {broken}", file=sys.stderr, flush=True)
+                    break
+                if reasons := _failures(index):
+                    raise TritonFailed(f"{', '.join(waiting)} cannot be served: {reasons}")
+            if time.monotonic() > deadline:
+                reasons = _failures(index) or "loading"
+                raise TritonFailed(f"{', '.join(waiting)} not ready after {timeout:g} s: {reasons}")
             time.sleep(0.1)
-        return [name for name in self.releases() if name not in waiting]
-
-    def _broken(self, releases: list[str]) -> str:
-        """These releases with the reason why they cannot be served; empty while one of them may still come."""
-        index = self._index()
-        states = {model["name"]: model.get("state") for model in index or ()}
-        if index is None or "LOADING" in states.values() or "READY" in map(states.get, releases):
-            return ""
-        reasons = {model["name"]: model.get("reason") for model in index}
-        missing = "its config.pbtxt cannot be read, see above"  # Triton leaves such a folder out
-        return "; ".join(f"{name} ({reasons.get(name) or missing})" for name in releases)
+        return [name for name in wanted if name not in waiting]
 
     def _ready(self, release: str) -> bool:
         try:
@@ -247,26 +240,14 @@ class TritonServer:
         except (urllib.error.URLError, OSError):
             return False
 
-    def _failures(self, settled: bool = False) -> str:
-        """Why models are unavailable, as Triton says; with `settled`, nothing while one is still loading."""
-        index = self._index() or []
-        if settled and any(model.get("state") == "LOADING" for model in index):
-            return ""
-        reasons = [
-            f"{model['name']}: {' '.join(model.get('reason', 'no reason given').split())}"
-            for model in index
-            if model.get("state") == "UNAVAILABLE"
-        ]
-        return "; ".join(reasons)
-
-    def _index(self) -> list[dict[str, str]] | None:
-        """What Triton has; None where it does not say."""
+    def _index(self) -> list[dict[str, str]]:
+        """What Triton has; nothing where it does not say."""
         request = urllib.request.Request(self.endpoint.url("/v2/repository/index"), data=b"{}", method="POST")
         try:
             with urllib.request.urlopen(request, timeout=5) as response:
                 return list(json.load(response))
         except (urllib.error.URLError, OSError, ValueError):
-            return None
+            return []
 
     def poll(self) -> int | None:
         """Triton's exit status where it ended by itself; None while it runs, or is being restarted."""
@@ -369,6 +350,25 @@ class TritonServer:
     def shared_memory(self) -> Iterator[Path]:
         """The files through which the server talks to its Python steps."""
         yield from SHARED_MEMORY_FOLDER.glob(f"{self._workplace.name}*")
+
+
+def _failures(index: list[dict[str, str]]) -> str:
+    """Why models are unavailable, as Triton says."""
+    reasons = [
+        f"{model['name']}: {' '.join(model.get('reason', 'no reason given').split())}"
+        for model in index
+        if model.get("state") == "UNAVAILABLE"
+    ]
+    return "; ".join(reasons)
+
+
+def _broken(index: list[dict[str, str]], releases: list[str]) -> str:
+    """These releases with the reason why they cannot be served; empty where one of them can."""
+    models = {model["name"]: model for model in index}
+    if any(models.get(name, {}).get("state") == "READY" for name in releases):
+        return ""
+    missing = "its config.pbtxt cannot be read, see above"  # Triton leaves such a folder out
+    return "; ".join(f"{name} ({models.get(name, {}).get('reason') or missing})" for name in releases)
 
 
 def _date_anew(file: Path) -> None:
