@@ -37,6 +37,8 @@ from gateway.triton import MalformedAnswer, TritonError
 _ATTEMPTS = 4
 _TRIAL_S, _PUT_OFF_S = 1.0, 0.2
 """For a golden picture before a suspect; and until the next try where it was not answered."""
+_VERDICT_S = 5.0
+"""For a suspect at least, whatever its own deadline: a trial without a verdict would cost one process after another."""
 _ATTEMPTS_AT_PROCESSES = 16
 """Where one of two processes of a step died, every other call may find it dead."""
 _RETRIES_SAVED = 100.0
@@ -69,6 +71,8 @@ class Call:
     task: asyncio.Task[None] | None = None
     is_trial: bool = False
     """Of a suspect, which goes alone."""
+    probed: float = 0.0
+    """When it began to be found out, before a trial, that all processes are alive."""
     is_lost: bool = False
     """Cancelled because of its replica: its pictures go to another one."""
     is_given_up: bool = False
@@ -305,8 +309,8 @@ class Dispatcher:
         except BaseException:
             if waiting.call is None:
                 lane.line.remove(waiting)
-            elif waiting.call.task and all(each.answer.done() for each in waiting.call.group):
-                waiting.call.task.cancel()
+            else:
+                _abandon(waiting.call)
             raise
         finally:
             alarm.cancel()
@@ -418,8 +422,10 @@ class Dispatcher:
                     put_off = TritonError(grpc.StatusCode.UNAVAILABLE, "its trial was put off")
                     self._again(lane, call, put_off, is_free=True)
                     return
-                call.sent = time.monotonic()
+                call.probed, call.sent = call.sent, time.monotonic()
             timeout = max(waiting.deadline for waiting in group) - call.sent
+            if call.is_trial:
+                timeout = max(timeout, _VERDICT_S)
             ids = ",".join(waiting.request_id for waiting in group)
             inferences = await call.replica.triton.infer(
                 lane.release, [waiting.picture for waiting in group], ids, timeout
@@ -471,7 +477,7 @@ class Dispatcher:
             return 0.0
         lane.learn(call)
         pictures = [each.picture for each in call.group]
-        self._given_up.add(call.replica.url, lane.release, call.sent, pictures, was_trial=call.is_trial)
+        self._given_up.add(call.replica.url, lane.release, call.sent, pictures)
         return lane.left_after_giving_up(call)
 
     def _free(self, lane: Lane, call: Call) -> None:
@@ -533,16 +539,15 @@ class Dispatcher:
             return
         blamed = _blamed(manifest, process)
         if process:
-            # On trial it is: every process was alive just before.
-            marks = SUSPECT if deaths.may_be_due_to(blamed, process, call.sent) or call.is_trial else 0
+            # On trial it is, since every process was alive just before: unless another call met with its death first.
+            is_proven = call.is_trial and not deaths.was_met(blamed, process, call.probed)
+            may_be = deaths.may_be_due_to(blamed, process, call.sent) and not call.is_trial
+            marks = SUSPECT if is_proven or may_be else 0
         else:
             marks = int(error.is_broken_connection)
         if marks == SUSPECT:
-            for digest, was_trial in self._given_up.take(call.replica.url, lane.release):
-                record = self._records.keep(digest)
-                record.mark(marks)
-                if was_trial:
-                    record.ended.add(blamed)
+            for digest in self._given_up.take(call.replica.url, lane.release):
+                self._records.keep(digest).mark(marks)
         for waiting in call.group if marks else ():
             waiting.record = self._records.keep(digest_of(waiting.picture))
             waiting.record.mark(marks)
@@ -596,6 +601,12 @@ def _blamed(release: Manifest, process: str) -> str:
     """The digest of the step that a process belongs to; the release's name where it is none of its steps."""
     step = step_of(release, process)
     return release.steps[step].digest if step else release.name
+
+
+def _abandon(call: Call) -> None:
+    """End a call that nobody waits for any more; not a trial, whose verdict is wanted."""
+    if call.task and not call.is_trial and all(each.answer.done() for each in call.group):
+        call.task.cancel()
 
 
 def _poison(detail: str) -> Failure:

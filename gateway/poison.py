@@ -1,7 +1,8 @@
 """Pictures that end the process which works on them: suspected, tried alone, refused, and remembered for a while.
 
 A picture is suspect when it was in a call that may have ended a process. It is then tried: alone, right after each
-process there answered a golden picture, and no two at once. Should a process die of it again, it is guilty.
+process there answered a golden picture, and no two at once. Should a process die of it again, it is guilty, unless
+another call found that process dead in the meantime. A trial goes on though its client left.
 
 Triton says which process died, but says the same to the call that ended it and to each that finds it dead later. What
 tells them apart is when a call was sent, and which processes are known to be dead.
@@ -10,6 +11,7 @@ tells them apart is when a call was sent, and which processes are known to be de
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable
@@ -91,14 +93,14 @@ class GivenUp:
     """The calls that were abandoned lately: how they ended nobody heard, and it may have been with a process."""
 
     def __init__(self) -> None:
-        self._calls: deque[tuple[str, str, float, list[tuple[bytes, bool]]]] = deque(maxlen=_MOST_GIVEN_UP)
+        self._calls: deque[tuple[str, str, float, list[bytes]]] = deque(maxlen=_MOST_GIVEN_UP)
 
-    def add(self, server: str, release: str, sent: float, pictures: Iterable[bytes], *, was_trial: bool) -> None:
+    def add(self, server: str, release: str, sent: float, pictures: Iterable[bytes]) -> None:
         """A call that was sent then (monotonic seconds) was abandoned just now."""
-        self._calls.append((server, release, sent, [(digest_of(picture), was_trial) for picture in pictures]))
+        self._calls.append((server, release, sent, [digest_of(picture) for picture in pictures]))
 
-    def take(self, server: str, release: str) -> list[tuple[bytes, bool]]:
-        """The pictures that a death may be due to which was met with now: digests, and whether it was their trial."""
+    def take(self, server: str, release: str) -> list[bytes]:
+        """The digests of the pictures that a death may be due to which was met with now."""
         since = time.monotonic() - _DEAD_S
         found = [call for call in self._calls if call[:2] == (server, release)]
         for call in found:
@@ -124,6 +126,10 @@ class Deaths:
             first = now
         dead[process] = first, now
         return sent <= first
+
+    def was_met(self, step: str, process: str, since: float) -> bool:
+        """Whether a process was found dead since then (monotonic seconds)."""
+        return self._dead.get(step, {}).get(process, (0.0, -math.inf))[1] >= since
 
     def were_met_of_late(self, steps: Iterable[str]) -> bool:
         """Whether a process of these steps was found dead a moment ago, so that some may be dead still."""

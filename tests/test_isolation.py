@@ -462,6 +462,76 @@ def test_a_picture_that_only_finds_processes_dead_is_never_blamed() -> None:
     asyncio.run(check())
 
 
+class Scripted(Server):
+    """What happens to calls of one picture each, by the picture; nothing, and it is answered at once."""
+
+    def __init__(self, **steps: list[Callable[[], Awaitable[None]]]) -> None:
+        super().__init__()
+        self.steps = {picture.encode(): iter(what) for picture, what in steps.items()}
+
+    async def infer(self, release: str, pictures: Sequence[bytes], ids: str, timeout: float) -> list[Inference]:
+        for picture in pictures:
+            if step := next(self.steps.get(picture, iter(())), None):
+                await step()
+        return await super().infer(release, pictures, ids, timeout)
+
+
+async def finds_a_dead_process() -> None:
+    raise dead("defect_preprocess_0_0")
+
+
+def test_a_suspect_is_not_guilty_of_a_death_that_another_call_met_with_during_its_trial() -> None:
+    """Others are at work while it is tried, so a golden picture may have missed the process that is dead."""
+
+    async def check() -> None:
+        async def goes_to_the_dead_one_after_another_call() -> None:
+            other = asyncio.create_task(world.ask(OTHER.name, b"other"))
+            await asyncio.sleep(0.1)
+            others.append(other)
+            await finds_a_dead_process()
+
+        others: list[asyncio.Task[str]] = []
+        trial = goes_to_the_dead_one_after_another_call
+        server = Scripted(innocent=[finds_a_dead_process, trial], other=[finds_a_dead_process])
+        async with World(server) as world:
+            assert await world.ask(OTHER.name, b"innocent") == "answered"
+            assert await others[0] == "answered"
+
+    asyncio.run(check())
+
+
+def test_a_suspect_whose_trial_took_too_long_is_not_guilty_of_what_died_later() -> None:
+    async def check() -> None:
+        async def hangs_for_a_while() -> None:
+            hanging.set()
+            await asyncio.sleep(0.5)
+
+        hanging = asyncio.Event()
+        server = Scripted(innocent=[finds_a_dead_process, hangs_for_a_while], other=[finds_a_dead_process])
+        async with World(server) as world:
+            asked = asyncio.create_task(world.ask(OTHER.name, b"innocent"))
+            await hanging.wait()
+            asked.cancel()
+            assert await world.ask(OTHER.name, b"other") == "answered"
+            assert await world.ask(OTHER.name, b"innocent") == "answered"
+
+    asyncio.run(check())
+
+
+def test_a_picture_that_ends_processes_costs_no_more_of_them_where_its_clients_are_in_a_hurry() -> None:
+    async def check() -> None:
+        async with World(Server()) as world:
+            (server,) = world.servers
+            ends: list[str] = []
+            while "image_crashes_server" not in ends and len(ends) < 100:
+                ends.append(await world.ask(OTHER.name, POISON, seconds=0.005 if server.deaths else 1))
+                server.heal()
+                await asyncio.sleep(0.1)
+            assert server.deaths == 2
+
+    asyncio.run(check())
+
+
 # ---- background tasks ----
 
 
