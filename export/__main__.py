@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 import contract
-from export import candidate, diff, doctor, graph, release, retire, status, watch
+from export import candidate, diff, doctor, graph, links, release, retire, status, watch
 from export.exam import Report
 from export.release import Refused
 from export.repository import Candidate, Repository, RepositoryError
@@ -106,6 +106,8 @@ def _run(arguments: list[str]) -> int:
         repository = examiner.repository
         for pipeline in repository.pipelines():
             try:
+                for folder, verdict in links.refuse(repository, pipeline).items():
+                    report(f"NO  {folder}: {verdict.cause}")
                 repository.reconcile(pipeline)
             except (RepositoryError, OSError) as error:  # perhaps another pipeline's; if not, it is met again below
                 report(f"trouble: {pipeline}: {error}")

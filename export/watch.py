@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import contract
-from export import exam, release, rights
+from export import exam, links, release, rights
 from export.exam import Report
 from export.release import Examiner, Refused
 from export.repository import Repository, is_version, told
@@ -104,6 +104,9 @@ class Watcher:
         for drop in [drop for drop in self._seen if drop.pipeline not in pipelines]:
             self._forget(drop)
         for pipeline in pipelines:
+            with self._minding("links", pipeline=pipeline):  # before anything walks through the repository
+                for folder, verdict in links.refuse(self.repository, pipeline).items():
+                    self._event("refused", drop=self._place(folder), cause=verdict.cause)
             with self._minding("repair", pipeline=pipeline):
                 for path, how in self.repository.reconcile(pipeline).items():
                     self._event("repaired", path=self._place(path), how=how)

@@ -25,7 +25,7 @@ import tritonclient.grpc as triton_grpc
 from export import config, doctor, exam
 from export.__main__ import main
 from export.exam import Rules, Verdict
-from export.release import Examiner
+from export.release import Examiner, verdict_of
 from export.repository import RECORD, Repository
 from export.steps import VERDICT
 from export.watch import Watcher
@@ -339,14 +339,50 @@ def test_a_published_version_that_is_damaged_is_taken_out_of_sight(
         assert answer(server, "tiny-v2")
 
 
-def test_the_watcher_does_not_walk_through_a_link(tiny: Repository) -> None:
-    """Which could lead to all of a file system, where things come and go."""
-    tiny.step_folder("tiny", "classifier", 20).symlink_to("/proc")
+@pytest.mark.parametrize("where", ["", "data", "data/all"])
+def test_a_link_to_a_folder_is_replaced_at_first_sight_by_the_verdict_on_it(tiny: Repository, where: str) -> None:
+    """Triton would follow it, perhaps to all of a file system, at each poll."""
+    folder = tiny.step_folder("tiny", "classifier", 20)
+    link = folder / where
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to("/proc")
     watcher = watcher_of(tiny, events := [])
-    watcher.look()
-    watcher.look()
-    assert names(events) == ["seen", "examining", "refused"]
-    assert "20 is a link" in events[-1]["cause"]
+    for _ in range(3):
+        watcher.look()
+    assert names(events) == ["refused"]
+    assert events[0]["drop"] == "tiny_classifier/20"
+    assert events[0]["cause"].startswith(f"files: {link.relative_to(tiny.root)} is a link to /proc: copy")
+    assert not link.is_symlink()
+    assert folder.is_dir()
+    verdict = verdict_of(folder)
+    assert verdict is not None and verdict.cause == events[0]["cause"]
+    watcher_of(tiny, events).look()
+    assert names(events) == ["refused"], "once, also after a restart"
+
+    (folder / "model.onnx").write_bytes(drops.sealed(-0.1).SerializeToString())
+    for _ in range(3):
+        watcher.look()
+    assert names(events)[1:3] == ["changed", "examining"], "what is put in its place is taken for a drop"
+
+
+def test_links_to_folders_are_gone_before_triton_starts(tiny: Repository) -> None:
+    """Else it would not come up."""
+    link = tiny.step_folder("tiny", "classifier", 20)
+    link.symlink_to("/proc")
+    command = [sys.executable, "-m", "export", "--if-missing", "--pipeline", "tiny", "--repository", str(tiny.root)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "20 is a link to /proc" in ended.stderr
+    assert not link.is_symlink()
+
+
+def test_what_a_release_pins_may_be_a_link(tiny: Repository, tmp_path: Path) -> None:
+    """Somebody moved it to another disk: it is what was published."""
+    folder = tiny.step_folder("tiny", "classifier", 1)
+    folder.rename(tmp_path / "1")
+    folder.symlink_to(tmp_path / "1")
+    watcher_of(tiny, events := []).look()
+    assert events == []
+    assert folder.is_symlink()
 
 
 # ---- the command, and what a release records ----
