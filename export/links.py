@@ -12,8 +12,8 @@ from pathlib import Path
 
 import contract
 from export import exam
-from export.examinee import Check
 from export.exam import Verdict
+from export.examinee import Check
 from export.release import write_verdict
 from export.repository import Repository
 
@@ -37,7 +37,7 @@ def refuse(repository: Repository, pipeline: str) -> dict[Path, Verdict]:
                 path.unlink()
             folder.mkdir(exist_ok=True)
             places = [
-                f"{path.relative_to(repository.root)} is a link to {target}: copy what it stands for; the link was removed"
+                f"{path.relative_to(repository.root)} is a link to {target}: copy what it stands for instead"
                 for path, target in links.items()
             ]
             check = Check(name="files", passed=False, detail="; ".join(places))

@@ -137,6 +137,22 @@ def test_a_step_that_cannot_be_loaded_is_tried_again_ever_later(clock: Clock) ->
     assert "a_preprocess/1 could not be loaded, see Triton's log: it is to be loaded again in 1 s" in clock.said
 
 
+def test_pictures_that_end_the_only_process_now_and_then_do_not_delay_the_next_one(clock: Clock) -> None:
+    """Each ends two: the first, and the one that it is tried on."""
+    waits = []
+    for number in range(1, 20, 2):
+        for each in (number, number + 1):
+            clock.start(each)
+            clock.look(3)
+            clock.die(each)
+            clock.look(0.1)
+            waits.append(round(clock.until(lambda actions: Reload(FILE) in actions)))
+        clock.start(number + 2)
+        clock.look(25)
+    assert waits == [0, 1] * 10
+    assert not any("could not be loaded" in each for each in clock.said)
+
+
 def test_what_nobody_needs_any_more_is_ended(clock: Clock) -> None:
     """Triton keeps the siblings of a process that died under a request."""
     clock.start(1)

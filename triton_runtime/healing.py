@@ -32,6 +32,9 @@ _MOST_MISSED = 3
 Triton may wait for it forever, and loads nothing else either."""
 _PROVEN_S = 60.0
 """New processes that live so long are loaded, and nobody waits for the old ones any more."""
+_CALM_S = 20.0
+"""New processes that live so long after they were asked for do not end by themselves: a picture or a person ended them,
+and the next ones are to come at once. A release with one process has none meanwhile."""
 _MOST_DEAD = 32
 """Each keeps a megabyte or more of shared memory in Triton."""
 
@@ -69,7 +72,7 @@ Action = Say | Reload | Kill | Restart
 class _Step:
     """A version that lost a process: when it is due to be loaded again, or since when its new processes are awaited."""
 
-    backoff: Backoff = field(default_factory=lambda: Backoff(first=1, most=60, calm=300))
+    backoff: Backoff = field(default_factory=lambda: Backoff(first=1, most=60, calm=_CALM_S))
     due: float | None = None
     asked: float | None = None
     file: Path = Path()
@@ -165,7 +168,7 @@ class Healer:
             elif self._has_not_come(now, step) and not self._is_hopeless(folder, step, seen):
                 step.missed += 1
                 yield self._schedule(now, step, f"{_name(folder)} was not loaded again, and others answer")
-            elif step.has_come and not new:
+            elif step.has_come and not new and not self._are_dying(folder, step, seen):
                 yield self._schedule(now, step, f"{_name(folder)} could not be loaded, see Triton's log")
             elif step.has_come and now - step.asked >= self._proven_s:
                 step.asked = None
@@ -182,6 +185,11 @@ class Healer:
 
     def _has_not_come(self, now: float, step: _Step) -> bool:
         return step.asked is not None and not step.has_come and now - step.asked >= self._appear_s
+
+    def _are_dying(self, folder: Path, step: _Step, seen: Seen) -> bool:
+        """Whether new processes died a moment ago, which is something else than that they could not be loaded."""
+        dead = seen.dead - step.old
+        return any(process in self._files and _folder(self._files[process]) == folder for process in dead)
 
     def _is_hopeless(self, folder: Path, step: _Step, seen: Seen) -> bool:
         """Whether to try once more is no use, or would spare nobody."""
