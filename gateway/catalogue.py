@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from contract import Manifest
 from gateway.fleet import Fleet, Replica
-from gateway.releases import Known
+from gateway.releases import NOT_YET_ON, Known
 
 _WAIT_FOR_OTHERS_S = 10.0
 """So long a release that is new waits for the replicas that do not have it yet: the first would get all the load."""
@@ -59,6 +59,10 @@ class Catalogue:
         """The releases that may answer, newest first."""
         return [known.manifest for known in reversed(self.known) if known.manifest and not known.reason]
 
+    def coming(self) -> list[Known]:
+        """The releases that may answer in a moment."""
+        return [known for known in self.known if known.is_coming]
+
     def _merge(self, replicas: list[Replica]) -> tuple[Known, ...]:
         replicas = [replica for replica in replicas if replica.is_available] or replicas
         numbers = {known.name: known.number for replica in replicas for known in replica.releases.known}
@@ -70,7 +74,7 @@ class Catalogue:
         here = {replica.url: known for replica in replicas if (known := replica.releases.find(name))}
         able = [known for known in here.values() if known.manifest and not known.reason]
         if not able:
-            url, known = next(iter(here.items()))
+            url, known = next((each for each in here.items() if each[1].is_coming), next(iter(here.items())))
             return replace(known, reason=f"{url}: {known.reason}")
         if any(known.manifest != able[0].manifest for known in able):
             return replace(able[0], reason="the servers hold different releases of this name")
@@ -79,4 +83,4 @@ class Catalogue:
         lacking = [replica.url for replica in joined if not replica.serves(name)]
         if not lacking or time.monotonic() - since > _WAIT_FOR_OTHERS_S:
             self._admitted.add(name)
-        return able[0] if name in self._admitted else replace(able[0], reason=f"not yet on {', '.join(lacking)}")
+        return able[0] if name in self._admitted else replace(able[0], reason=f"{NOT_YET_ON}{', '.join(lacking)}")

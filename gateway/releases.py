@@ -16,7 +16,9 @@ import contract
 from contract import Manifest
 from gateway.triton import ModelState, TritonClient, TritonError
 
-_CHECKING = "its golden pictures are being tried"
+CHECKING = "its golden pictures are being tried"
+NOT_YET_ON = "not yet on "
+"""Which servers lack what others are ready to answer with."""
 _MOVING = "Triton does not have it, or is loading or unloading it"
 logger = logging.getLogger("gateway.releases")
 
@@ -36,6 +38,11 @@ class Known:
     is_loaded: bool = True
     is_tried: bool = True
     max_batch: int = 1
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether it may answer in a moment, unless something is wrong with it."""
+        return self.reason.endswith(CHECKING) or self.reason.startswith(NOT_YET_ON)
 
 
 class Releases:
@@ -77,7 +84,7 @@ class Releases:
     def postpone(self, release: Known, reason: str) -> None:
         """A release could not be tried now. One that answered before Triton went away goes on answering."""
         if release.reason:
-            release.reason = f"{_CHECKING}: {reason}"
+            release.reason = f"{CHECKING}: {reason}"
             self.judgements += 1
 
     async def refresh(self) -> None:
@@ -143,7 +150,7 @@ class Releases:
                 return before
             if not before.reason:  # it answered before it was loaded again: goes on while it is tried again
                 return Known(state.name, number, manifest, "", is_tried=False, max_batch=max_batch)
-        return Known(state.name, number, manifest, _CHECKING, is_tried=False, max_batch=max_batch)
+        return Known(state.name, number, manifest, CHECKING, is_tried=False, max_batch=max_batch)
 
     async def _is_ready(self, name: str) -> bool:
         try:

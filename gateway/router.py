@@ -44,19 +44,30 @@ class Router:
     def __init__(self, file: RoutingFile, releases: Catalogue) -> None:
         self.file = file
         self._releases = releases
-        self._from: tuple[Routing, list[Manifest]] | None = None
+        self._from: tuple[Routing, list[Manifest], bool] | None = None
         """What `_in_force` was made from: most requests find it as it was."""
         self._in_force: InForce
         self._warned = self._stable_name = ""
 
     def in_force(self) -> InForce:
         """The roles, as they can be filled now."""
-        found = self.file.routing, self._releases.active()
+        routing, active = self.file.routing, self._releases.active()
+        found = routing, active, not self._stable_name and self._is_better_coming(routing, active)
         if found != self._from:
             self._from, self._in_force = found, self._fill(*found)
         return self._in_force
 
-    def _fill(self, routing: Routing, active: list[Manifest]) -> InForce:
+    def _is_better_coming(self, routing: Routing, active: list[Manifest]) -> bool:
+        """Whether the stable release is still being tried, and another would answer in its place for a moment."""
+        coming = [release for release in self._releases.coming() if release.name not in routing.on_trial]
+        if routing.stable != LATEST:
+            return any(release.name == routing.stable for release in coming)
+        newest = max((release.number for release in active if release.name not in routing.on_trial), default=0)
+        return any(release.number > newest for release in coming)
+
+    def _fill(self, routing: Routing, active: list[Manifest], is_better_coming: bool) -> InForce:
+        if is_better_coming:
+            return InForce(None, None, None, (), "")
         by_name = {release.name: release for release in active}
         shadow = routing.shadow.release if routing.shadow else None
         # A canary answers already, so it may answer more; a shadow never does.

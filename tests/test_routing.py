@@ -20,11 +20,13 @@ import pytest
 import trustme
 from prometheus_client.parser import text_string_to_metric_families
 
+from contract import Manifest
 from gateway.catalogue import Catalogue
 from gateway.errors import Failure
-from gateway.releases import Known
+from gateway.releases import CHECKING, Known, Releases
 from gateway.router import Router, draw
 from gateway.routing import RoutingFile
+from gateway.triton import TritonClient
 from tests.conftest import ROOT, GatewayProcess, free_endpoint, free_port, http, wait_for
 from tests.test_outages import MANIFEST, predict
 from tests.test_problems import IMAGE, assert_problem
@@ -314,6 +316,7 @@ def test_a_shadow_never_answers(tmp_path: Path, text: str, active: tuple[int, ..
     file.write_text(text)
     catalogue = SimpleNamespace(
         active=lambda: [replace(MANIFEST, number=number) for number in sorted(active, reverse=True)],
+        coming=list,
         triton_version="2.51.0",
         pipeline="defect",
         known=tuple(Known(f"defect-v{number}", number, None, "") for number in active),
@@ -326,6 +329,82 @@ def test_a_shadow_never_answers(tmp_path: Path, text: str, active: tuple[int, ..
         got, said = failure.code, str(failure)
         assert bool(active) == bool(router.in_force().warning) == ("the shadow" in said)
     assert got == expected
+
+
+class Starting:
+    """The releases of a gateway that starts: those that it tries, in any order."""
+
+    triton_version, pipeline = "2.51.0", "defect"
+
+    def __init__(self, *numbers: int) -> None:
+        self.releases = Releases(cast(TritonClient, None), "defect", 1.0)
+        self.add(*numbers)
+
+    def add(self, *numbers: int) -> None:
+        self.releases.known += tuple(
+            Known(f"defect-v{number}", number, replace(MANIFEST, number=number), "", is_tried=False)
+            for number in numbers
+        )
+        for known in self.releases.known[-len(numbers) :]:
+            known.reason = CHECKING
+
+    def judge(self, number: int, reason: str = "") -> None:
+        self.releases.judge(self._of(number), reason)
+
+    def postpone(self, number: int) -> None:
+        self.releases.postpone(self._of(number), "Deadline Exceeded")
+
+    def _of(self, number: int) -> Known:
+        return next(known for known in self.known if known.number == number)
+
+    def find(self, name: str) -> Known | None:
+        return self.releases.find(name)
+
+    def active(self) -> list[Manifest]:
+        return self.releases.active()
+
+    def coming(self) -> list[Known]:
+        return [known for known in self.releases.known if known.is_coming]
+
+    @property
+    def known(self) -> tuple[Known, ...]:
+        return self.releases.known
+
+
+@pytest.mark.parametrize("stable", ["latest", "defect-v3"])
+@pytest.mark.parametrize("end", ["answers", "is refused", "hangs"])
+def test_at_the_start_nobody_answers_in_the_place_of_what_is_still_tried(tmp_path: Path, stable: str, end: str) -> None:
+    file = tmp_path / "routing.toml"
+    file.write_text(f'stable = "{stable}"\n[canary]\nrelease = "defect-v2"\npercent = 100\n')
+    starting = Starting(1, 2, 3)
+    router = Router(RoutingFile(file, "defect"), cast(Catalogue, starting))
+
+    def answers() -> str:
+        try:
+            return router.stable().name
+        except Failure as failure:
+            return failure.code
+
+    assert answers() == "no_release"
+    starting.judge(2)
+    starting.judge(1)
+    assert answers() == "no_release"
+    with pytest.raises(Failure):
+        router.choose(None, {}, {})
+    assert router.choose("defect-v2", {}, {})[0].route == "pinned"
+    assert router.in_force().warning == ""
+    if end == "answers":
+        starting.judge(3)
+    elif end == "is refused":
+        starting.judge(3, "its labels moved")
+    else:
+        starting.postpone(3)
+    assert answers() == ("defect-v3" if end == "answers" else "defect-v1")
+
+    starting.add(4)
+    assert answers() == ("defect-v3" if end == "answers" else "defect-v1"), "later, what is there goes on"
+    starting.judge(4)
+    assert answers() == ("defect-v4" if stable == "latest" else answers())
 
 
 # ---- rollback ----
