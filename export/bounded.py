@@ -28,6 +28,7 @@ _TAIL = 1 << 14
 _MOST = 1 << 26
 """Bytes on stdout; golden pictures travel there."""
 _TICK_S = 0.05
+_CHECK_S = 0.5
 _SWEEP_S = 10.0
 """For how long to look for processes that are left; they could go on starting others."""
 _QUIET = 3
@@ -55,10 +56,12 @@ def run(
     folder: Path,
     environment: dict[str, str],
     limit: Callable[[], None],
+    check: Callable[[], None] = lambda: None,
 ) -> Ending:
     """Run `command` in `folder` with `given` on stdin, and call `take` with each line of its stdout.
 
-    Where `take` returns a text, it is stopped for that reason. `limit` is called in the new process first.
+    Where `take` returns a text, it is stopped for that reason. `limit` is called in the new process first. `check` is
+    called twice a second; what it raises ends the run.
     """
     mark = uuid.uuid4().hex
     with tempfile.TemporaryFile() as stdin:
@@ -74,7 +77,7 @@ def run(
             start_new_session=True,
             preexec_fn=limit,
         )
-    reader = _Reader(process, take)
+    reader = _Reader(process, take, check)
     try:
         status = reader.follow(time.monotonic() + timeout_s)
     finally:
@@ -86,9 +89,12 @@ def run(
 class _Reader:
     """What a process writes, as long as it runs: bounded in size, and not waited for once it ended."""
 
-    def __init__(self, process: subprocess.Popen[bytes], take: Callable[[bytes], str]) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], take: Callable[[bytes], str], check: Callable[[], None]
+    ) -> None:
         assert process.stdout and process.stderr
-        self._process, self._take = process, take
+        self._process, self._take, self._check = process, take, check
+        self._checked = time.monotonic()
         self._pipes = (process.stdout, process.stderr)
         self._line, self._errors, self._read = bytearray(), b"", 0
         self.stopped = ""
@@ -100,6 +106,9 @@ class _Reader:
     def follow(self, deadline: float) -> int | None:
         """Read until the process ends; its status, or None at the deadline or where it was stopped before."""
         while not self.stopped and (left := deadline - time.monotonic()) > 0:
+            if time.monotonic() - self._checked >= _CHECK_S:
+                self._check()
+                self._checked = time.monotonic()
             # Looked at before the pipes are: what it wrote before it ended is read then.
             status = _status(self._process.pid)
             if not self._selector.get_map():

@@ -136,8 +136,18 @@ class Outcome:
     golden: tuple[contract.Golden, ...] = field(default=())
 
 
-def examine(subject: Subject, rules: Rules, report: Report, *, force: bool = False) -> Outcome:
-    """Hold an exam, reporting each check as it ends. `force` overrules what is a matter of judgement."""
+def examine(
+    subject: Subject,
+    rules: Rules,
+    report: Report,
+    *,
+    force: bool = False,
+    require_wanted: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Hold an exam, reporting each check as it ends. `force` overrules what is a matter of judgement.
+
+    `require_wanted` is called now and then; what it raises ends the exam without a verdict.
+    """
     checks: list[Check] = []
 
     def add(check: Check) -> None:
@@ -150,7 +160,7 @@ def examine(subject: Subject, rules: Rules, report: Report, *, force: bool = Fal
     if checks:
         return Outcome(Verdict(passed=False, checks=checks))
     add(Check(name="files", passed=True, detail="complete, plain and readable"))
-    recorded = _run(_job(subject, rules), rules, add, report)
+    recorded = _run(_job(subject, rules), rules, add, report, require_wanted)
     failed = {check.name for check in checks if not check.passed}
     # Without a record the process did not end in order, whichever check it was in.
     forced = bool(failed) and force and failed <= _FORCIBLE and bool(recorded.golden)
@@ -308,7 +318,9 @@ class _Protocol:
         self.recorded = recorded
 
 
-def _run(job: Job, rules: Rules, add: Callable[[Check], None], report: Report) -> Recorded:
+def _run(
+    job: Job, rules: Rules, add: Callable[[Check], None], report: Report, require_wanted: Callable[[], None]
+) -> Recorded:
     """Run the job in a process with limits; the check that it dies in is the one that it did not pass."""
     protocol = _Protocol(job, add, report)
     ending = bounded.run(
@@ -319,6 +331,7 @@ def _run(job: Job, rules: Rules, add: Callable[[Check], None], report: Report) -
         folder=ROOT.parent,
         environment={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
         limit=lambda: _limit(rules),
+        check=require_wanted,
     )
     if ending.stopped:
         cause = ending.stopped

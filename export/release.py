@@ -42,6 +42,10 @@ overrules agreement, accuracy and cost, says so loudly, and is recorded in the r
 """
 
 
+class Withdrawn(RepositoryError):
+    """What was dropped is not there any more, so nobody wants to know what is wrong with it."""
+
+
 class Refused(ValueError):
     """The exam was not passed; `verdict` says what failed."""
 
@@ -72,6 +76,7 @@ class Examiner:
         Raises:
             Refused: it did not pass.
             Overtaken: while it was examined, the release that it was put together with was followed or retired.
+            Withdrawn: while it was examined, what was dropped was removed.
             RepositoryError: the repository is not what its releases say, or the candidate does not fit it.
         """
         if self.repository.published(candidate):
@@ -96,7 +101,9 @@ class Examiner:
                 data=self.data,
                 has_own_golden=self.golden.resolve() != GOLDEN or candidate.pipeline == "defect",
             )
-            outcome = exam.examine(subject, rules, report, force=self.force)
+            outcome = exam.examine(
+                subject, rules, report, force=self.force, require_wanted=lambda: self._require_there(candidate)
+            )
         if not outcome.verdict.passed:
             raise Refused(outcome.verdict)
         passed = replace(
@@ -107,6 +114,12 @@ class Examiner:
             tolerance=rules.tolerance,
         )
         return self.repository.publish(passed, self.serving)
+
+    def _require_there(self, candidate: Candidate) -> None:
+        for step, number in candidate.numbers.items():
+            folder = self.repository.step_folder(candidate.pipeline, step, number)
+            if not folder.is_dir():
+                raise Withdrawn(f"{folder.relative_to(self.repository.root)} was removed while it was examined")
 
     def release_drop(self, pipeline: str, numbers: Mapping[str, int], report: Report) -> Published:
         """Examine dropped versions, the steps not named being those of the newest release, and publish.

@@ -23,7 +23,7 @@ from typing import NoReturn
 import contract
 from export import exam, links, release, rights
 from export.exam import Report
-from export.release import Examiner, Refused
+from export.release import Examiner, Refused, Withdrawn
 from export.repository import Repository, is_version, told
 
 _EPILOG = """Writes a JSON object a line: what was seen, each check of an exam, what was published or refused and why.
@@ -197,6 +197,8 @@ class Watcher:
         self._seen[drop] = (state, time.monotonic() + _RETRY_S)
         try:
             published = self.examiner.release_drop(drop.pipeline, {drop.step: drop.number}, report)
+        except Withdrawn:
+            pass  # which the next look says
         except Refused as refusal:
             self._event("refused", drop=drop.name, cause=str(refusal))
             self._judged[drop] = state

@@ -365,6 +365,26 @@ def test_a_link_to_a_folder_is_replaced_at_first_sight_by_the_verdict_on_it(tiny
     assert names(events)[1:3] == ["changed", "examining"], "what is put in its place is taken for a drop"
 
 
+def test_the_exam_of_a_drop_that_was_removed_ends_at_once(tiny: Repository) -> None:
+    """The next ones wait for it."""
+    folder = tiny.step_folder("tiny", "preprocess", 2)
+    shutil.copytree(tiny.step_folder("tiny", "preprocess", 1), folder)
+    drops.BROKEN["hangs"].make(folder)
+    watcher = watcher_of(tiny, events := [], timeout_s=3600)
+
+    def remove_it() -> None:
+        wait_for(lambda: "examining" in names(events))
+        time.sleep(1)
+        shutil.rmtree(folder)
+
+    remover = threading.Thread(target=remove_it)
+    remover.start()
+    for _ in range(3):
+        watcher.look()
+    remover.join()
+    assert names(events) == ["seen", "examining", "gone"]
+
+
 def test_links_to_folders_are_gone_before_triton_starts(tiny: Repository) -> None:
     """Else it would not come up."""
     link = tiny.step_folder("tiny", "classifier", 20)
