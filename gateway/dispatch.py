@@ -240,10 +240,10 @@ class Dispatcher:
             raise _too_late(lane.call_s, left)
         if not lane.line:
             return
-        expected = lane.expected(client, self._fleet.available())
+        expected = lane.expected(client, self._fleet.available()) * _CAUTION
         if self._is_full(lane, 1) and lane.line.last_of_longer(client) is None:
             raise Failure("overloaded", f"{len(lane.line)} requests wait for {release} already", retry_after=expected)
-        if expected * _CAUTION > left:
+        if expected > left:
             raise _too_late(expected, left)
 
     def _is_full(self, lane: Lane, more: int = 0) -> bool:
@@ -622,7 +622,7 @@ def _over() -> Failure:
 
 
 def _too_late(expected: float, left: float) -> Failure:
-    detail = f"an answer would take {expected:.2g} s, {max(0.0, left):.2g} s are left"
+    detail = f"an answer may take {expected:.2g} s, {max(0.0, left):.2g} s are left"
     return Failure("overloaded", detail, retry_after=max(0.0, expected - left))
 
 
