@@ -93,6 +93,10 @@ class Installation:
         """LD_LIBRARY_PATH for the server and its stubs: our folders first, then what was there (the GPU's driver)."""
         return ":".join([*map(str, self.libraries), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
 
+    def stub_environment(self) -> dict[str, str]:
+        """For a process of this Python that runs a model as the server's stubs do."""
+        return {**os.environ, "LD_LIBRARY_PATH": self.library_path}
+
     def lay_out(self, folder: Path) -> dict[str, str]:
         """Fill `folder` with what one server needs; return the environment to run it in.
 
