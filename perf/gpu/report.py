@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from perf.gpu.stack import Row
@@ -60,15 +61,21 @@ def busiest(row: Row, cores: int) -> str:
 
 def loads(results: Results, cores: int) -> Table:
     """One row a load: the setting (with processes of preprocessing and instances of the model) and what was seen."""
-    table = Table(title="pictures a second, milliseconds, and cores that were busy", title_justify="left")
+    table = Table(
+        title="n pictures in flight: pictures a second, milliseconds, and cores that were busy",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     table.add_column("model")
     table.add_column("device")
     for header in ("prep.", "inst."):
         table.add_column(header, justify="right")
     table.add_column("endpoint")
-    for header in ("in flight", "req/s", "p50", "p99", "failed", *_PARTS.values(), "load", "all", "GPU %"):
+    for header in ("n", "req/s", "p50", "p99", "failed", *_PARTS.values(), "client", "all", "GPU %"):
         table.add_column(header, justify="right")
-    table.add_column("busiest")
+    table.add_column("busiest", no_wrap=True)
     for row in results.rows:
         spent, gpu = row.shares.cores, row.shares.gpu_percent
         table.add_row(
