@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parse.add_argument("--without-gpu", action="store_true", help="run all of it on the processor, to try this script")
     parse.add_argument("--precisions", nargs="+", choices=["fp32", "fp16"], default=["fp32", "fp16"])
     several("--in-flight", default=[1, 16, 64, 256], help="default: 1 16 64 256")
-    several("--on-processor", default=[16, 64], help="the same there (default: 16 64)")
+    several("--on-processor", default=[16, 64], help="there, none: not at all (default: 16 64)")
     several("--preprocess", default=[2, 4, 8, 12], help="processes (default: 2 4 8 12)")
     several("--instances", default=[1, 2], help="of the model on a GPU (default: 1 2)")
     several("--batches", default=[1, 8, 16, 32], help="of the model alone (default: 1 8 16 32)")
@@ -179,7 +179,7 @@ class Check:
         options = self._options
         first = next(iter(options.precisions))
         loads = [(self._gpu, options.in_flight)]
-        if self._gpu == "gpu" and precision == first:
+        if self._gpu == "gpu" and precision == first and options.on_processor:
             loads.append(("cpu", options.on_processor))
         for device, levels in loads:
             asked = "auto" if device == "gpu" and precision == first else device
