@@ -2,12 +2,17 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
+# On a machine with an NVIDIA GPU, `make serve` runs in an environment with CUDA; `make serve GPU=` does without.
+GPU ?= $(wildcard /dev/nvidiactl)
+SERVING := $(VENV)$(if $(strip $(GPU)),-gpu)
+# The Python of `make gpu-check`: name that of an environment that was brought along where there is no network.
+GPU_PYTHON ?= $(VENV)-gpu/bin/python
 DATA ?= ../shared/data/parcels
 WORKERS ?= $(shell echo $$(( $$(nproc) + 1 )))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve rollback key test fuzz lint export openapi train perf perf-drops perf-tools
-.PHONY: bench bench-contenders contenders clients soak overload tune chaos lock clean
+.PHONY: bench bench-contenders contenders clients soak overload tune gpu-check chaos lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,8 +25,13 @@ $(VENV)/.installed: requirements/dev.lock
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/dev.lock
 	@touch $@
 
-serve: setup ## Run Triton and the gateway; Ctrl-C stops both
-	@$(RUN) -m triton_runtime.stack
+$(VENV)-gpu/.installed: requirements/gpu.lock
+	$(PYTHON) -m venv $(VENV)-gpu
+	$(VENV)-gpu/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/gpu.lock
+	@touch $@
+
+serve: $(SERVING)/.installed ## Run Triton and the gateway, with the GPU if there is one (GPU= without); Ctrl-C stops both
+	@$(SERVING)/bin/python -m triton_runtime.stack
 
 rollback: setup ## End the canary, or go back to the release before the stable one, or to TO=name; FORWARD=1 undoes it
 	@$(RUN) -m gateway.rollback $(if $(TO),--to $(TO)) $(if $(FORWARD),--forward)
@@ -96,6 +106,9 @@ $(VENV)-clients/.installed: requirements/clients.lock
 	$(VENV)-clients/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/clients.lock
 	@touch $@
 
+gpu-check: $(if $(filter $(VENV)-gpu/%,$(GPU_PYTHON)),$(VENV)-gpu/.installed perf-tools) ## Measure a GPU, five minutes (OPTIONS=--without-gpu, GPU_PYTHON=)
+	@$(GPU_PYTHON) -m perf.gpu $(if $(wildcard $(DATA)/valid),--pictures $(DATA)/valid) $(OPTIONS)
+
 perf-drops: setup export ## Measure the time from a dropped version to its first answer
 	@$(RUN) -m perf.drops
 
@@ -106,4 +119,4 @@ lock: setup ## Resolve pyproject.toml into requirements/*.lock again
 	$(RUN) requirements/lock.py
 
 clean: ## Remove environments and caches; models stay, some cannot be built again
-	rm -rf $(VENV) $(VENV)-train $(VENV)-perf $(VENV)-contenders $(VENV)-clients .pytest_cache .mypy_cache .ruff_cache .model_repository.staging
+	rm -rf $(VENV) $(VENV)-gpu $(VENV)-train $(VENV)-perf $(VENV)-contenders $(VENV)-clients .pytest_cache .mypy_cache .ruff_cache .model_repository.staging

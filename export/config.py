@@ -42,6 +42,13 @@ WIRING: Mapping[str, tuple[dict[str, str], dict[str, str]]] = {
 }
 """Step -> its inputs and its outputs, each a tensor of the step: the ensemble's name for it."""
 
+KINDS: Mapping[str, int] = {
+    "auto": pb.ModelInstanceGroup.KIND_AUTO,
+    "gpu": pb.ModelInstanceGroup.KIND_GPU,
+    "cpu": pb.ModelInstanceGroup.KIND_CPU,
+}
+"""`device` of the classifier -> Triton's kind of its instances."""
+
 _HEADER = "# Written by `python -m export`. Change export/serving.toml and export again.\n"
 _FROZEN_HEADER = "# A published release: written once by `python -m export`, never edited.\n"
 
@@ -55,6 +62,7 @@ class PythonStep(Table):
 class ClassifierStep(Table):
     """How the ONNX model runs."""
 
+    device: Literal["auto", "gpu", "cpu"] = "auto"
     instances: int = Field(default=1, ge=1, le=64)
     threads: int = Field(default=2, ge=1, le=256)
     pictures_per_run: int = Field(default=1, ge=0, le=256)
@@ -115,7 +123,7 @@ def preprocess(pipeline: str, versions: Iterable[int], size: int, serving: Servi
 
 
 def classifier(pipeline: str, versions: Iterable[int], size: int, labels: int, serving: Serving) -> pb.ModelConfig:
-    """The ONNX model: on a GPU where there is one, on the processor elsewhere."""
+    """The ONNX model: where its `device` says, by default on a GPU where there is one."""
     config = _step(pipeline, "classifier", versions, serving)
     config.backend = "onnxruntime"
     config.default_model_filename = "model.onnx"
@@ -125,7 +133,7 @@ def classifier(pipeline: str, versions: Iterable[int], size: int, labels: int, s
         {graph.PROBABILITIES: (pb.TYPE_FP32, [labels]), graph.DIGEST: (pb.TYPE_UINT8, [32])},
     )
     settings = serving.classifier
-    config.instance_group.add(count=settings.instances, kind=pb.ModelInstanceGroup.KIND_AUTO)
+    config.instance_group.add(count=settings.instances, kind=KINDS[settings.device])
     config.parameters["intra_op_thread_count"].string_value = str(settings.threads)
     config.parameters["inter_op_thread_count"].string_value = "1"
     config.parameters["items_per_run"].string_value = str(settings.pictures_per_run)

@@ -187,10 +187,10 @@ def _environment(binary: Path, folder: Path) -> dict[str, str]:
     """The environment that perf_analyzer runs in; `folder` gets the libraries by the names that it expects."""
     if not binary.is_file():
         raise PerfError(f"{binary} is missing: run 'make perf-tools'")
-    libraries = Installation.find().libraries
+    installation = Installation.find()
     for wanted, pattern in _LIBRARIES.items():
-        (folder / wanted).symlink_to(next(libraries[0].glob(pattern)))
-    return {**os.environ, "LD_LIBRARY_PATH": ":".join(map(str, (folder, *libraries)))}
+        (folder / wanted).symlink_to(next(installation.libraries[0].glob(pattern)))
+    return {**os.environ, "LD_LIBRARY_PATH": f"{folder}:{installation.library_path}"}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,8 +1,9 @@
-"""The CPU ONNX backend, without Triton around it: batches in pieces that run side by side, and idle processors."""
+"""The ONNX backend, without Triton around it: batches in pieces that run side by side, and idle processors."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from google.protobuf import json_format
 
-from export import backend
+from export import backend, config
 from export.steps import load_module
 from triton_runtime.stack import ROOT
 
@@ -66,7 +68,7 @@ def model(module: ModuleType, pristine: Path) -> Iterator[Callable[..., Any]]:
     instances = []
 
     def load(**parameters: int) -> Any:
-        config = {
+        served = {
             "max_batch_size": 8,
             "default_model_filename": "model.onnx",
             "input": [{"name": "PIXELS"}],
@@ -76,7 +78,7 @@ def model(module: ModuleType, pristine: Path) -> Iterator[Callable[..., Any]]:
         instance = module.TritonPythonModel()
         instance.initialize(
             {
-                "model_config": json.dumps(config),
+                "model_config": json.dumps(served),
                 "model_repository": str(pristine / "defect_classifier"),
                 "model_version": "1",
             }
@@ -319,3 +321,127 @@ def test_a_number_below_zero_is_refused_at_the_start(model: Callable[..., Any], 
     """There would be no piece, or no thread to run it: every request would wait forever."""
     with pytest.raises(ValueError, match=f"{name} is -1"):
         model(**{name: -1})
+
+
+# ---- a GPU, of which only what is decided without one can be tried ----
+
+
+class Cuda(onnxruntime.InferenceSession):
+    """The model on the processor, which says that it is on the GPU, and remembers how it was asked for."""
+
+    providers: list = []  # noqa: RUF012
+    sizes: list[int] = []  # noqa: RUF012
+    fault: Exception | None = None
+
+    def __init__(self, path: str, options: Any, providers: list) -> None:
+        if providers != ["CPUExecutionProvider"]:
+            type(self).providers = providers
+        super().__init__(path, options, providers=["CPUExecutionProvider"])
+        self.is_on_gpu = providers != ["CPUExecutionProvider"]
+
+    def get_providers(self) -> list[str]:
+        """As a session that CUDA was loaded for."""
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"] if self.is_on_gpu else super().get_providers()
+
+    def run(self, names: Any, feed: dict[str, np.ndarray]) -> Any:
+        """As the session's; on a GPU without cuDNN, only this fails."""
+        if self.is_on_gpu:
+            type(self).sizes.append(len(feed["PIXELS"]))
+            if self.fault:
+                raise self.fault
+        return super().run(names, feed)
+
+
+@pytest.fixture
+def cuda(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> type[Cuda]:
+    """An ONNX Runtime with CUDA, as far as it can be told from outside."""
+    monkeypatch.setattr(Cuda, "sizes", [])
+    found = SimpleNamespace(
+        **{name: getattr(onnxruntime, name) for name in ("SessionOptions", "GraphOptimizationLevel")}
+    )
+    found.__version__ = onnxruntime.__version__
+    found.InferenceSession = Cuda
+    found.get_available_providers = lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(module, "onnxruntime", found)
+    return Cuda
+
+
+@pytest.fixture
+def loaded(module: ModuleType, pristine: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """A classifier whose serving settings say a `device`, on a machine whose Triton gives it a `kind`."""
+    instances = []
+
+    def load(device: str, kind: str) -> Any:
+        rendered = config.classifier("defect", [1], SIZE, 2, config.Serving.model_validate({
+            "max_batch_size": 4, "classifier": {"device": device, "threads": 2}
+        }))  # fmt: skip
+        folder = tmp_path / "defect_classifier"
+        shutil.copytree(pristine / "defect_classifier" / "1", folder / "1")
+        (folder / "config.pbtxt").write_bytes(config.render(rendered))
+        as_triton_says_it = json_format.MessageToDict(rendered, preserving_proto_field_name=True)
+        as_triton_says_it["parameters"] = {k: dict(v) for k, v in as_triton_says_it["parameters"].items()}
+        instance = module.TritonPythonModel()
+        instance.initialize(
+            {
+                "model_config": json.dumps(as_triton_says_it),
+                "model_repository": str(folder),
+                "model_version": "1",
+                "model_instance_kind": kind,
+                "model_instance_device_id": "3",
+            }
+        )
+        instances.append(instance)
+        return instance
+
+    yield load
+    for instance in instances:
+        instance.finalize()
+
+
+@pytest.mark.parametrize("device", ["auto", "gpu"])
+def test_a_gpu_that_triton_gives_is_used_for_whole_batches_in_full_precision(
+    loaded: Callable[..., Any], cuda: type[Cuda], capfd: pytest.CaptureFixture[str], device: str
+) -> None:
+    instance = loaded(device, "GPU")
+    (name, options), last = cuda.providers
+    assert (name, last) == ("CUDAExecutionProvider", "CPUExecutionProvider")
+    assert (options["device_id"], options["use_tf32"]) == ("3", "0")
+    assert "defect_classifier 1: on GPU 3 (CUDA)" in capfd.readouterr().err
+    assert cuda.sizes == [1, 2, 3, 4], "each size was tried before a request pays for it"
+    (request,) = requests(3)
+    instance.execute([request])
+    assert len(outputs(request.response())["PROBABILITIES"]) == 3
+    assert cuda.sizes[4:] == [3], "one run for the batch"
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_without_a_gpu_or_where_it_is_left_to_others_the_processor_runs_it(
+    loaded: Callable[..., Any], cuda: type[Cuda], capfd: pytest.CaptureFixture[str], device: str
+) -> None:
+    instance = loaded(device, "CPU")
+    assert "defect_classifier 1: on the processor\n" in capfd.readouterr().err
+    assert answers(instance)
+    assert not cuda.sizes
+
+
+def test_a_gpu_that_cannot_be_used_is_a_line_where_it_is_not_demanded(
+    loaded: Callable[..., Any], cuda: type[Cuda], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Cuda, "fault", RuntimeError("libcudnn.so.9: cannot open shared object file"))
+    instance = loaded("auto", "GPU")
+    said = capfd.readouterr().err
+    assert "on the processor, though there is GPU 3: libcudnn.so.9" in said
+    assert "requirements/gpu.lock" in said
+    assert answers(instance)
+
+
+def test_a_gpu_that_is_demanded_and_cannot_be_used_is_the_reason_why_the_version_is_unavailable(
+    loaded: Callable[..., Any], module: ModuleType
+) -> None:
+    """With the ONNX Runtime that is installed here, which is the processor's."""
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    with pytest.raises(
+        module.NoGpu, match=r"KIND_GPU, and GPU 3 cannot be used: .* has no CUDA: install requirements/gpu"
+    ):
+        loaded("gpu", "GPU")

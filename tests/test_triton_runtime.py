@@ -132,6 +132,26 @@ def test_tensorrt_is_an_option() -> None:
     assert config.parse(config.render(rendered).decode()) == rendered
 
 
+@pytest.mark.parametrize("device", ["auto", "gpu", "cpu"])
+def test_where_the_model_runs_is_an_option(device: str) -> None:
+    serving = config.Serving.model_validate({"classifier": {"device": device, "instances": 2}})
+    (group,) = config.classifier("defect", [1], 224, 2, serving).instance_group
+    assert group.kind == config.pb.ModelInstanceGroup.Kind.Value(f"KIND_{device.upper()}")
+    assert group.count == 2
+
+
+def test_a_release_that_demands_a_gpu_does_not_load_without_one_and_says_so(repository: Path) -> None:
+    """Triton's own message; the other models of the repository are not the reason."""
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("there is a GPU")
+    file = repository / "defect_classifier" / "config.pbtxt"
+    demanded = config.parse(file.read_text())
+    demanded.instance_group[0].kind = config.pb.ModelInstanceGroup.KIND_GPU
+    file.write_bytes(config.render(demanded))
+    with TritonServer(repository, free_endpoint()) as server, pytest.raises(TritonFailed, match=r"(?i)gpu"):
+        server.wait_until_ready()
+
+
 def test_a_bound_on_triton_s_queues_is_an_option() -> None:
     rendered = config.postprocess("defect", [1], 2, config.Serving.model_validate({"max_queue_size": 9}))
     assert rendered.dynamic_batching.default_queue_policy.max_queue_size == 9

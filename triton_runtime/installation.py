@@ -75,7 +75,11 @@ class Installation:
             server=root / "bin" / "tritonserver",
             stub=stub / "triton_python_backend_stub",
             python_backend=root / "backends" / "python",
-            libraries=(package.parent / "nvidia_pytriton.libs", _libpython_folder()),
+            libraries=(
+                package.parent / "nvidia_pytriton.libs",
+                _libpython_folder(),
+                *sorted(package.parent.glob("nvidia/*/lib")),  # CUDA, where requirements/gpu.lock is installed
+            ),
             site_packages=package.parent,
         )
         for path in (found.server, found.stub, found.python_backend / "libtriton_python.so", found.libraries[0]):
@@ -83,6 +87,15 @@ class Installation:
                 raise Missing(f"{path} is missing: reinstall nvidia-pytriton with 'make setup'")
         _check_packages()
         return found
+
+    @property
+    def library_path(self) -> str:
+        """LD_LIBRARY_PATH for the server and its stubs: our folders first, then what was there (the GPU's driver)."""
+        return ":".join([*map(str, self.libraries), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
+
+    def stub_environment(self) -> dict[str, str]:
+        """For a process of this Python that runs a model as the server's stubs do."""
+        return {**os.environ, "LD_LIBRARY_PATH": self.library_path}
 
     def lay_out(self, folder: Path) -> dict[str, str]:
         """Fill `folder` with what one server needs; return the environment to run it in.
@@ -112,7 +125,7 @@ class Installation:
         return {
             **MALLOC,
             **os.environ,
-            "LD_LIBRARY_PATH": ":".join(map(str, self.libraries)),
+            "LD_LIBRARY_PATH": self.library_path,
             "PATH": f"{python / 'bin'}:{os.environ.get('PATH', os.defpath)}",
             "OMP_NUM_THREADS": "1",
         }
@@ -120,9 +133,10 @@ class Installation:
 
 def _libpython_folder() -> Path:
     library = str(sysconfig.get_config_var("INSTSONAME") or "")
-    folder = Path(str(sysconfig.get_config_var("LIBDIR") or "/nowhere"))
-    if ".so" in library and (folder / library).exists():
-        return folder
+    # The second one is where a Python has it that was moved after it was built.
+    for folder in (Path(str(sysconfig.get_config_var("LIBDIR") or "/nowhere")), Path(sys.base_prefix, "lib")):
+        if ".so" in library and (folder / library).exists():
+            return folder
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     if ctypes.util.find_library(version):
         return Path("/usr/lib")  # the dynamic linker knows it
@@ -131,12 +145,18 @@ def _libpython_folder() -> Path:
 
 def _check_packages() -> None:
     for package in ("numpy", "onnxruntime", "pillow"):
-        try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            raise Missing(f"{package} is not installed: run 'make setup'") from None
+        version = _version(package) or (_version("onnxruntime-gpu") if package == "onnxruntime" else "")
+        if not version:
+            raise Missing(f"{package} is not installed: run 'make setup'")
         if package == "numpy" and int(version.split(".")[0]) >= 2:
             raise Missing(f"numpy {version} breaks the {SERVER_VERSION} Python stub: install numpy<2 ('make setup')")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def port_from_environment(variable: str, default: int) -> int:

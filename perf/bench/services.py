@@ -20,6 +20,7 @@ import urllib.request
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -113,9 +114,9 @@ class App(Service):
 
 
 @contextlib.contextmanager
-def stack(repository: Path) -> Iterator[tuple[Service, TritonServer]]:
-    """Gateway and Triton as `make serve` starts them, on ports of their own, answering."""
-    with TritonServer(repository, free_endpoint()) as triton:
+def stack(repository: Path, log: IO[bytes] | None = None) -> Iterator[tuple[Service, TritonServer]]:
+    """Gateway and Triton as `make serve` starts them, on ports of their own, answering; `log` is Triton's."""
+    with TritonServer(repository, free_endpoint(), log=log) as triton:
         triton.wait_until_ready()
         with Gateway(triton.endpoint, "127.0.0.1", free_port(), stdout=subprocess.DEVNULL) as gateway:
             gateway.predict(SAMPLE, _PATIENCE_S)

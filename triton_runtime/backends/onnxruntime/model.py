@@ -1,9 +1,9 @@
-"""ONNX Runtime on the CPU as a Python-based Triton backend, for the embedded server.
+"""ONNX Runtime as a Python-based Triton backend, on the processor or on a GPU, for the embedded server.
 
 The wheel that the embedded server comes from has no ONNX Runtime backend. This one answers to the same name
 and reads the same `config.pbtxt`, so the same repository runs here and on the C++ backend of NVIDIA's image.
-Accelerators are ignored: there is no GPU where this backend runs. Understood are `default_model_filename` and these
-parameters, of which the C++ backend knows the first three:
+TensorRT is ignored. Understood are the kind of the instances, `default_model_filename` and these parameters, of which
+the C++ backend knows the first three:
 
     intra_op_thread_count        processors that an instance uses, 1 by default; 0: all
     inter_op_thread_count        1 by default
@@ -12,6 +12,11 @@ parameters, of which the C++ backend knows the first three:
 
 Pieces of a batch run side by side, each on one processor, which wastes less than several processors on one piece.
 Only a batch that is one piece gets them all, where they are idle.
+
+On a GPU a batch goes through whole, with ONNX Runtime's CUDA provider, and `items_per_run` and the threads say nothing.
+Products are computed in fp32 there, not in TF32 as CUDA would by default: TF32 keeps ten bits of a factor, no more than
+fp16 does, and then the answers of a release would not be those that it was examined with. Whoever wants tensor cores
+exports in fp16, which is a release of its own.
 
 A request that is given no answer hangs forever, and so does all of this process if `execute` does not return. So
 nothing that fails, whatever it is, ends a thread or keeps one request's answer from the others.
@@ -23,6 +28,7 @@ import contextlib
 import json
 import os
 import queue
+import sys
 import threading
 import traceback
 from collections.abc import Sequence
@@ -32,9 +38,14 @@ import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils
 
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+_HOW = "install requirements/gpu.lock, and a driver that its CUDA runs on"
+_TYPES = {"TYPE_UINT8": np.uint8, "TYPE_FP16": np.float16, "TYPE_FP32": np.float32, "TYPE_INT64": np.int64}
+"""Of inputs that batches can be tried with before the first request."""
+
 
 class TritonPythonModel:
-    """One instance of the model, in a process of its own, with a thread for each processor that it uses.
+    """One instance of the model, in a process of its own, with a thread for each processor that it uses, or for a GPU.
 
     One process, because two of them that take turns on a processor empty its caches for each other: that costs a
     twentieth of the time of the model.
@@ -52,6 +63,7 @@ class TritonPythonModel:
             onnxruntime.capi.onnxruntime_pybind11_state.Fail and its kin: the file is missing or broken;
                 Triton reports the message as the reason why the version is unavailable.
             ValueError: a parameter is no number, or less than 0; likewise.
+            NoGpu: the configuration says KIND_GPU, and ONNX Runtime cannot use the GPU; likewise.
         """
         config = json.loads(args["model_config"])
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
@@ -62,9 +74,16 @@ class TritonPythonModel:
         self.items_per_run = _count(parameters, "items_per_run", 0)
         self.processors = Processors()
         wanted = _count(parameters, "intra_op_thread_count", 1) or self.processors.count
-        self.threads = min(wanted, self.processors.count)
-        self.session = _session(path, parameters, 1)
-        self.wide_session = _session(path, parameters, self.threads) if self.threads > 1 else None
+        session, where = _on_gpu(path, parameters, config, args)
+        if session is not None:
+            self.items_per_run = 0
+            self.threads, self.session, self.wide_session = 1, session, None
+        else:
+            self.threads = min(wanted, self.processors.count)
+            self.session = _session(path, parameters, 1)
+            self.wide_session = _session(path, parameters, self.threads) if self.threads > 1 else None
+        name = f"{Path(args['model_repository']).name} {args['model_version']}"
+        print(f"{name}: {where}", file=sys.stderr, flush=True)
         self.pieces: queue.SimpleQueue[tuple[Batch, slice] | None] = queue.SimpleQueue()
         self.workers: list[threading.Thread] = []
         self._staff()
@@ -215,7 +234,62 @@ def _count(parameters: dict[str, str], name: str, default: int) -> int:
     return value
 
 
+class NoGpu(RuntimeError):
+    """The configuration demands a GPU, and there is none that ONNX Runtime can use; the message says why."""
+
+
+def _on_gpu(
+    path: str, parameters: dict[str, str], config: dict, args: dict[str, str]
+) -> tuple[onnxruntime.InferenceSession | None, str]:
+    """The model on the GPU that Triton chose for this instance, and where it runs, in words.
+
+    None, for the processor, where the configuration or the lack of a GPU has Triton say so, and where the choice is
+    Triton's (KIND_AUTO) but ONNX Runtime cannot use the GPU.
+
+    Raises:
+        NoGpu: ONNX Runtime cannot use it, and the configuration says KIND_GPU.
+    """
+    if args.get("model_instance_kind") != "GPU":
+        return None, "on the processor"
+    number = args["model_instance_device_id"]
+    reason = f"the installed ONNX Runtime {onnxruntime.__version__} has no CUDA"
+    if CUDA in onnxruntime.get_available_providers():
+        # Every size of a batch is another shape: searching the fastest algorithm anew for each would take seconds.
+        cuda = {
+            "device_id": number,
+            "use_tf32": "0",
+            "cudnn_conv_algo_search": "HEURISTIC",
+            "arena_extend_strategy": "kSameAsRequested",  # instances and pipelines share the GPU's memory
+        }
+        try:
+            session = onnxruntime.InferenceSession(path, _options(parameters, 1), providers=[(CUDA, cuda), CPU])
+            if session.get_providers()[0] == CUDA:
+                _try_every_batch(session, config)
+                return session, f"on GPU {number} (CUDA)"
+        except Exception as error:  # whatever CUDA and cuDNN raise; a broken model does it again below
+            reason = str(error)
+        else:
+            reason = "ONNX Runtime could not load its CUDA provider, as it says above"
+    # Triton tells a backend the kind that it decided on. What was asked for is in the file alone.
+    if "KIND_GPU" in Path(args["model_repository"], "config.pbtxt").read_text():
+        raise NoGpu(f"config.pbtxt says KIND_GPU, and GPU {number} cannot be used: {reason}: {_HOW}")
+    return None, f"on the processor, though there is GPU {number}: {reason}: {_HOW}"
+
+
+def _try_every_batch(session: onnxruntime.InferenceSession, config: dict) -> None:
+    """One run of each size of a batch, so that no request waits for what CUDA prepares for a shape it has not seen."""
+    inputs = [(each["name"], list(map(int, each["dims"])), _TYPES.get(each["data_type"])) for each in config["input"]]
+    if any(min(dims) < 0 or dtype is None for _, dims, dtype in inputs):
+        return  # it shows with the first requests
+    for size in range(1, config["max_batch_size"] + 1):
+        session.run(None, {name: np.zeros((size, *dims), dtype) for name, dims, dtype in inputs})
+
+
 def _session(path: str, parameters: dict[str, str], threads: int) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(path, _options(parameters, threads), providers=[CPU])
+
+
+def _options(parameters: dict[str, str], threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = int(parameters.get("inter_op_thread_count", 1))
@@ -225,7 +299,7 @@ def _session(path: str, parameters: dict[str, str], threads: int) -> onnxruntime
     # runs steal processors from others.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return options
 
 
 class Processors:
