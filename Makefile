@@ -2,8 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
-# On a machine with an NVIDIA GPU, `make serve` runs in an environment with CUDA; `make serve GPU=` does without.
-GPU ?= $(wildcard /dev/nvidiactl)
+# `make serve GPU=1` runs in an environment of its own, with CUDA.
+GPU ?=
 SERVING := $(VENV)$(if $(strip $(GPU)),-gpu)
 # The Python of `make gpu-check`: name that of an environment that was brought along where there is no network.
 GPU_PYTHON ?= $(VENV)-gpu/bin/python
@@ -30,7 +30,7 @@ $(VENV)-gpu/.installed: requirements/gpu.lock
 	$(VENV)-gpu/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/gpu.lock
 	@touch $@
 
-serve: $(SERVING)/.installed ## Run Triton and the gateway, with the GPU if there is one (GPU= without); Ctrl-C stops both
+serve: $(SERVING)/.installed ## Run Triton and the gateway; Ctrl-C stops both (GPU=1: with an NVIDIA GPU)
 	@$(SERVING)/bin/python -m triton_runtime.stack
 
 rollback: setup ## End the canary, or go back to the release before the stable one, or to TO=name; FORWARD=1 undoes it
