@@ -38,7 +38,7 @@ rollback: setup ## End the canary, or go back to the release before the stable o
 
 key: setup ## Make an API key for NAME in KEYS=access/keys.toml, shown once; EXPIRES=2027-01-31 ends it
 	@test -n "$(NAME)" || { echo "say for whom: make key NAME=scanner" >&2; exit 2; }
-	@$(RUN) -m gateway.keys new $(NAME) $(if $(EXPIRES),--expires $(EXPIRES)) >> $(or $(KEYS),access/keys.toml)
+	@$(RUN) -m gateway.keys new "$(NAME)" $(if $(EXPIRES),--expires $(EXPIRES)) >> $(or $(KEYS),access/keys.toml)
 
 test: setup export perf-tools ## Run all tests, WORKERS at a time (one more than processors), but for those that want the machine to themselves
 	$(RUN) -m pytest -m 'not alone' -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -24,7 +24,7 @@ import contract
 from export import exam, links, release, rights
 from export.exam import Report
 from export.release import Examiner, Refused, Withdrawn
-from export.repository import Repository, is_version, told
+from export.repository import Repository, holds_config, is_version, told
 
 _EPILOG = """Writes a JSON object a line: what was seen, each check of an exam, what was published or refused and why.
 Ends with SIGTERM or Ctrl-C.
@@ -66,6 +66,8 @@ class Watcher:
         self._seen: dict[Drop, tuple[str, float]] = {}
         self._judged: dict[Drop, str] = {}
         self._strays: set[Path] = set()
+        self._bare: dict[Path, bool] = {}
+        """Folders without a configuration, and whether that was said."""
         self._troubles: dict[str, str] = {}
         self._is_stopped = False
 
@@ -101,6 +103,8 @@ class Watcher:
             pipelines = self.repository.pipelines()
         if pipelines is None:
             return
+        with self._minding("folders"):
+            self._name_bare_folders()
         for drop in [drop for drop in self._seen if drop.pipeline not in pipelines]:
             self._forget(drop)
         for pipeline in pipelines:
@@ -221,8 +225,18 @@ class Watcher:
             if not is_version(path.name)
         }
         for path in sorted(found - self._strays):
-            self._event("stray", path=self._place(path), cause="not a plain number: ignored")
+            cause = "its name is no plain number: nobody examines it, but Triton may take it for a version: move it out"
+            self._event("stray", path=self._place(path), cause=cause)
         self._strays = {path for path in self._strays if path.parent.name not in models} | found
+
+    def _name_bare_folders(self) -> None:
+        """Say, once, which folders are no models for Triton. One that is being copied here has until the next look."""
+        bare = [path for path in self.repository.root.iterdir() if path.is_dir() and not holds_config(path)]
+        for path in bare:
+            if self._bare.get(path) is False:
+                cause = "a folder without config.pbtxt: Triton fails on it at every poll: move it out"
+                self._event("stray", path=self._place(path), cause=cause)
+        self._bare = {path: path in self._bare for path in bare}
 
     def _event(self, event: str, **fields: str) -> None:
         at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import resource
 import socket
 from array import array
@@ -46,6 +47,7 @@ SPARED_S = 1.0
 its way."""
 MAX_AHEAD = 100
 """Requests that are sent before the one in front of them was answered; each is parsed at once, and kept."""
+logger = logging.getLogger("gateway.connection")
 _UNREADABLE = "it cannot be read as HTTP/1.1"
 
 
@@ -283,6 +285,10 @@ class Connection(HttpToolsProtocol):
             if self.cycle.more_body:
                 self.cycle.scope["state"][REFUSAL] = failure
                 self.cycle.message_event.set()
+            else:
+                self.metrics.request("unknown", "none", failure.code, 0.0)
+                fields = {"code": failure.code, "detail": str(failure), "unanswered": len(self.pipeline) + 1}
+                logger.warning("connection ended", extra={"fields": fields})
             self.cycle.keep_alive = False
             return
         super().on_message_begin()

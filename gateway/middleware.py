@@ -120,8 +120,15 @@ class RequestContext:
         finally:
             seconds = time.monotonic() - started
             log["total_ms"] = round(seconds * 1000, 3)
-            # The route's template, which the router left in the scope: a path is whatever a client likes.
-            template = getattr(inner.get("route"), "path", "unknown")
+            template = _template(inner)
             self.metrics.request(template, str(log.get("status", "none")), log.get("code", ""), seconds)
             quiet = scope["path"].startswith(("/health", "/metrics")) and log.get("status") == 200
             logger.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": log})
+
+
+def _template(scope: Scope) -> str:
+    """The route's template, which the router left in the scope: a path is whatever a client likes."""
+    if (route := scope.get("route")) is not None:
+        return str(getattr(route, "path", "unknown"))
+    # Starlette's own routes leave no more than this. Those here have no parameters, so the path is the template.
+    return str(scope["path"]) if "endpoint" in scope and not scope.get("path_params") else "unknown"

@@ -238,11 +238,14 @@ def test_metrics_count_requests_without_what_clients_write(routed: Routed, jpeg:
     for name in ("a", "b"):
         routed.http.get(f"/errors/{name}")
         routed.http.get(f"/{name}")
+    routed.http.get("/openapi.json")
+    routed.http.get("/docs")
     routed.ask(jpeg)
     routed.http.post("/v1/predict", content=b"x", headers=IMAGE)
     requests = routed.samples("gateway_requests_total")
     assert requests[("not_found", "/errors/{code}", "404")] == 2
     assert requests[("not_found", "unknown", "404")] == 2
+    assert requests[("", "/openapi.json", "200")] == requests[("", "/docs", "200")] == 1
     assert requests[("", "/v1/predict", "200")] == 1
     assert requests[("image_unsupported", "/v1/predict", "422")] == 1
     assert routed.samples("gateway_request_seconds_count")[("/v1/predict",)] == 2

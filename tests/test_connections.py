@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import resource
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,6 +183,15 @@ def test_requests_sent_far_ahead_are_not_answered(strict: GatewayProcess) -> Non
         with contextlib.suppress(ConnectionError):
             connection.sendall((GET + b"\r\n") * 20_000)
         assert answers(connection) < 10_000
+    wait_for(lambda: ended(strict))
+    assert "requests are sent ahead" in ended(strict)[0]["detail"]
+    metrics = http.get(f"{strict.url}/metrics").text
+    assert 'gateway_requests_total{code="malformed_request",path="unknown",status="none"} 1.0' in metrics
+
+
+def ended(gateway: GatewayProcess) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in gateway.log.read_text().splitlines() if line.startswith("{")]
+    return [line for line in lines if line["message"] == "connection ended"]
 
 
 # ---- many ----

@@ -216,6 +216,7 @@ def test_what_only_looks_like_a_version_is_named_and_harms_nothing(tiny: Reposit
         f"tiny_classifier/{stray}" for stray in ("2.tmp", "1.old", "03", "4 copy")
     }
     assert names(events) == ["stray"] * 4
+    assert all(event["cause"].endswith("move it out") for event in events)
     assert any("starts with a digit" in finding.problem for finding in doctor.inspect(tiny.root))
     with TritonServer(tiny.root, free_endpoint(), poll_seconds=1) as server:
         server.wait_until_ready()
@@ -383,6 +384,24 @@ def test_the_exam_of_a_drop_that_was_removed_ends_at_once(tiny: Repository) -> N
         watcher.look()
     remover.join()
     assert names(events) == ["seen", "examining", "gone"]
+
+
+def test_a_folder_without_a_configuration_is_named_once_it_stays(tiny: Repository) -> None:
+    """Triton fails on it at every poll."""
+    watcher = watcher_of(tiny, events := [])
+    folder = tiny.root / "notes"
+    folder.mkdir()
+    watcher.look()
+    assert events == [], "it may be on its way"
+    for _ in range(3):
+        watcher.look()
+    assert [(event["event"], event["path"]) for event in events] == [("stray", "notes")]
+    folder.rmdir()
+    watcher.look()
+    folder.mkdir()
+    watcher.look()
+    watcher.look()
+    assert names(events) == ["stray"] * 2
 
 
 def test_links_to_folders_are_gone_before_triton_starts(tiny: Repository) -> None:

@@ -17,7 +17,6 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -232,8 +231,8 @@ def test_too_little_shared_memory_is_one_line_that_says_what_is_enough(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("GATEWAY_MAX_BODY_BYTES", raising=False)
-    free = 64 << 20
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    used, free = 0, 64 << 20
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: (used + free, used, free))
     with pytest.raises(Missing, match=r"has 64 MiB left, pictures of 20 MiB may need 745: .*--shm-size=1g") as caught:
         installation.check_shared_memory(tmp_path)
     assert "\n" not in str(caught.value)
@@ -246,6 +245,10 @@ def test_too_little_shared_memory_is_one_line_that_says_what_is_enough(
         installation.check_shared_memory(tmp_path)
     free = 10 << 20
     with pytest.raises(Missing, match=r"--shm-size=1g\)$"):
+        installation.check_shared_memory(tmp_path)
+    monkeypatch.delenv("GATEWAY_MAX_BODY_BYTES")
+    used = 500 << 20
+    with pytest.raises(Missing, match="--shm-size=2g"):  # what others use stays used
         installation.check_shared_memory(tmp_path)
     monkeypatch.setenv("GATEWAY_MAX_BODY_BYTES", "20 MB")
     with pytest.raises(Missing, match="GATEWAY_MAX_BODY_BYTES='20 MB' is no number"):

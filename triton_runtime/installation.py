@@ -224,10 +224,11 @@ def check_shared_memory(folder: Path = SHARED_MEMORY_FOLDER) -> None:
     if not os.access(folder, os.W_OK):
         raise Missing(f"{folder} is not writable: Triton's Python steps talk through shared memory")
     memory = SharedMemory.from_settings()
-    free = shutil.disk_usage(folder).free
+    _, used, free = shutil.disk_usage(folder)
     if free >= memory.needed:
         return
     wanted = f"{folder} has {free >> 20} MiB left, pictures of {memory.largest / 2**20:.3g} MiB may need"
     smaller = memory.largest_in(free)
     or_else = f", or set GATEWAY_MAX_BODY_BYTES={smaller}" if smaller > 0 else ""
-    raise Missing(f"{wanted} {-(-memory.needed >> 20)}: give it more (docker run --shm-size=1g){or_else}")
+    size = -(-(used + memory.needed) >> 30)
+    raise Missing(f"{wanted} {-(-memory.needed >> 20)}: give it more (docker run --shm-size={size}g){or_else}")
