@@ -34,11 +34,11 @@ serve: $(SERVING)/.installed ## Run Triton and the gateway; Ctrl-C stops both (G
 	@$(SERVING)/bin/python -m triton_runtime.stack
 
 rollback: setup ## End the canary, or go back to the release before the stable one, or to TO=name; FORWARD=1 undoes it
-	@$(RUN) -m gateway.rollback $(if $(TO),--to $(TO)) $(if $(FORWARD),--forward)
+	@$(RUN) -m gateway.routing.rollback $(if $(TO),--to $(TO)) $(if $(FORWARD),--forward)
 
 key: setup ## Make an API key for NAME in KEYS=access/keys.toml, shown once; EXPIRES=2027-01-31 ends it
 	@test -n "$(NAME)" || { echo "say for whom: make key NAME=scanner" >&2; exit 2; }
-	@$(RUN) -m gateway.keys new "$(NAME)" $(if $(EXPIRES),--expires $(EXPIRES)) >> $(or $(KEYS),access/keys.toml)
+	@$(RUN) -m gateway.auth.api_keys new "$(NAME)" $(if $(EXPIRES),--expires $(EXPIRES)) >> $(or $(KEYS),access/keys.toml)
 
 test: setup export perf-tools ## Run all tests, WORKERS at a time (one more than processors), but for those that want the machine to themselves
 	$(RUN) -m pytest -m 'not alone' -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -12,11 +12,11 @@ import sys
 import uvicorn
 
 from gateway import __version__, logs
-from gateway.access import require_safe
 from gateway.app import create_app
-from gateway.connection import bounded, reserve_files
-from gateway.draining import Draining, Server
-from gateway.keys import ApiKeys
+from gateway.auth.api_keys import ApiKeys
+from gateway.auth.middleware import require_safe
+from gateway.http.connection import bounded, reserve_files
+from gateway.http.draining import Draining, Server
 from gateway.metrics import Metrics
 from gateway.settings import Settings
 

@@ -20,12 +20,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 
-from gateway import budget, pages, schemas, views
-from gateway.access import OPENAPI_SCHEMES, OPENAPI_SECURITY, Access
-from gateway.direct import Direct
-from gateway.draining import Draining
-from gateway.errors import PROBLEMS, Failure, Problem, codes_of, openapi_responses
-from gateway.ingest import (
+from gateway.api import pages, responses, schemas
+from gateway.auth.api_keys import ApiKeys
+from gateway.auth.middleware import OPENAPI_SCHEMES, OPENAPI_SECURITY, Access
+from gateway.http.body import (
     OPENAPI_BATCH_BODY,
     OPENAPI_PARAMETERS,
     OPENAPI_REQUEST_BODY,
@@ -33,11 +31,14 @@ from gateway.ingest import (
     read_batch,
     read_picture,
 )
-from gateway.keys import ApiKeys
-from gateway.memory import Memory
+from gateway.http.deadline import TIMEOUT_PARAMETER, Bounded, deadline_of
+from gateway.http.draining import Draining
+from gateway.http.fast_path import Direct
+from gateway.http.memory import Memory
+from gateway.http.middleware import RequestContext, problem_response
 from gateway.metrics import Metrics
-from gateway.middleware import RequestContext, problem_response
 from gateway.predict import Asker
+from gateway.problems import PROBLEMS, Failure, Problem, codes_of, openapi_responses
 from gateway.service import Service
 from gateway.settings import Settings
 
@@ -76,7 +77,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,  # a redirect would repeat whatever Host the client sent
         title="Parcel defect service",
-        version=views.CONTRACT,
+        version=responses.CONTRACT,
         description=_DESCRIPTION,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # metrics.py and logs.py have ours
         lifespan=lifespan,
@@ -109,17 +110,17 @@ def create_app(
     async def predict_route(request: Request) -> Response:
         state = request.scope["state"]
         request_id, client, log = state["request_id"], state["client"], state["log"]
-        asker = Asker(request_id, client.name, budget.deadline(request, settings))
+        asker = Asker(request_id, client.name, deadline_of(request, settings))
         with service.predicting, memory.share() as share:
             if not request.scope["query_string"]:  # which may name another release
                 service.require_room(asker)  # before the work of reading, and before that costs the client something
             service.rates.spend(client.name, client.rate)
             picture = await read_picture(request, settings, asker.deadline, share)
-            asker = replace(asker, deadline=budget.deadline(request, settings))
-            with budget.Bounded(request):
+            asker = replace(asker, deadline=deadline_of(request, settings))
+            with Bounded(request):
                 judged = await service.judge(picture, asker, request.headers)
-        timing = views.timing(judged, state["started"])
-        body = views.prediction(request_id, judged, timing)
+        timing = responses.timing(judged, state["started"])
+        body = responses.prediction(request_id, judged, timing)
         metrics.predicted(body.model_version, body.route)
         log["release"], log["route"], log["label"] = body.model_version, body.route, body.label
         log["timing_ms"] = timing
@@ -127,7 +128,7 @@ def create_app(
             log["fetch_ms"] = round(judged.fetch_s * 1e3, 3)
         if judged.answer.passed_over:
             log["passed_over"] = str(judged.answer.passed_over)
-        headers = {"Server-Timing": views.server_timing(timing)}
+        headers = {"Server-Timing": responses.server_timing(timing)}
         # Starlette runs it once the answer was sent.
         compare = BackgroundTask(service.compare, judged, request_id)
         return Response(body.model_dump_json(), 200, headers, "application/json", compare)
@@ -139,14 +140,14 @@ def create_app(
         responses=openapi_responses(*_READ, "overloaded", "rate_limited"),
         openapi_extra={
             "requestBody": OPENAPI_BATCH_BODY,
-            "parameters": [budget.OPENAPI_PARAMETER],
+            "parameters": [TIMEOUT_PARAMETER],
             "security": OPENAPI_SECURITY,
         },
         operation_id="predict_batch",
     )
     async def batch_route(request: Request) -> Response:
         request_id, client = request.state.request_id, request.state.client
-        deadline = budget.deadline(request, settings)
+        deadline = deadline_of(request, settings)
         with service.predicting, memory.share() as share:
             service.rates.spend(client.name, client.rate)
 
@@ -154,7 +155,7 @@ def create_app(
                 service.rates.lend(client.name, client.rate, items - 1)
 
             items = await read_batch(request, settings, deadline, share, counted)
-            deadline = budget.deadline(request, settings)
+            deadline = deadline_of(request, settings)
 
             async def result(i: int, item: Picture | Failure) -> schemas.BatchAnswer | schemas.BatchProblem:
                 asker = Asker(f"{request_id}-{i}", client.name, deadline)
@@ -164,11 +165,11 @@ def create_app(
                     judged = await service.judge(item, asker, request.headers)
                 except Failure as failure:
                     return schemas.BatchProblem(problem=Problem.of(failure, asker.request_id, settings.root_path))
-                answer = views.prediction(asker.request_id, judged, views.timing(judged, request.state.started))
+                answer = responses.prediction(asker.request_id, judged, responses.timing(judged, request.state.started))
                 metrics.predicted(answer.model_version, answer.route)
                 return schemas.BatchAnswer(answer=answer)
 
-            with budget.Bounded(request):
+            with Bounded(request):
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(result(i, item)) for i, item in enumerate(items)]
         results = [task.result() for task in tasks]
@@ -176,7 +177,7 @@ def create_app(
         request.state.log["items"], request.state.log["failed"] = len(results), dict(Counter(failed))
         body = schemas.BatchResponse(request_id=request_id, results=results)
         total = round((time.monotonic() - request.state.started) * 1e3, 3)
-        headers = {"Server-Timing": views.server_timing({"total": total})}
+        headers = {"Server-Timing": responses.server_timing({"total": total})}
         return Response(body.model_dump_json(), 200, headers, "application/json")
 
     @app.get(
@@ -187,7 +188,7 @@ def create_app(
         operation_id="releases",
     )
     async def releases_route() -> schemas.Releases:
-        return views.releases(service)
+        return responses.releases(service)
 
     @app.get(
         "/v1/releases/{name}/report",
@@ -224,7 +225,7 @@ def create_app(
 
     @app.get("/version", summary="Everything that has a version", operation_id="version")
     async def version_route() -> schemas.Version:
-        return views.version(service)
+        return responses.version(service)
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics_route() -> Response:
@@ -245,7 +246,7 @@ def create_app(
     )
     async def errors(request: Request, response: Response) -> object:
         response.headers["Vary"] = "Accept"
-        return pages.errors() if pages.wants_html(request) else [views.error(code) for code in PROBLEMS]
+        return pages.errors() if pages.wants_html(request) else [responses.error(code) for code in PROBLEMS]
 
     @app.get(
         "/errors/{code}",
@@ -258,7 +259,7 @@ def create_app(
         if code not in PROBLEMS:
             raise Failure("not_found", f"there is no error {code[:64]}")
         response.headers["Vary"] = "Accept"
-        return pages.error(code) if pages.wants_html(request) else views.error(code)
+        return pages.error(code) if pages.wants_html(request) else responses.error(code)
 
     app.add_middleware(Access, keys=keys)
     app.add_middleware(RequestContext, metrics=metrics, root=settings.root_path)  # the outermost but for the next

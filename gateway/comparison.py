@@ -6,8 +6,8 @@ import heapq
 from collections import Counter
 from datetime import datetime, timezone
 
-from gateway import schemas
-from gateway.triton import Inference
+from gateway.api import schemas
+from gateway.triton.client import Inference
 
 _KEPT = 20
 

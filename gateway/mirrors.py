@@ -13,11 +13,11 @@ from functools import partial
 
 from contract import Manifest
 from gateway.comparison import Comparison, Comparisons
-from gateway.dispatch import Dispatcher
-from gateway.errors import Failure
+from gateway.dispatch.dispatcher import Dispatcher
 from gateway.metrics import Metrics
-from gateway.predict import Answer, Asker, Candidate, predict
-from gateway.router import Router
+from gateway.predict import Answer, Asker, predict
+from gateway.problems import Failure
+from gateway.routing.router import Candidate, Router
 from gateway.settings import Settings
 from gateway.supervision import Tasks
 

@@ -8,18 +8,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import grpc
 
 from contract import Manifest
-from gateway.dispatch import Dispatcher
-from gateway.errors import Failure
-from gateway.triton import Inference, MalformedAnswer, TritonError
-from gateway.verification import verify
-
-Route = Literal["stable", "canary", "pinned", "fallback"]
-"""Why a release answers."""
+from gateway.dispatch.dispatcher import Dispatcher
+from gateway.problems import Failure
+from gateway.routing.router import Candidate, Route
+from gateway.triton.client import Inference, MalformedAnswer, TritonError
+from gateway.triton.verification import verify
 
 _FAILURES = {
     grpc.StatusCode.DEADLINE_EXCEEDED: "deadline_exceeded",
@@ -39,14 +36,6 @@ _FAULTS_OF_A_RELEASE = frozenset(
 )
 """What another release may do better. A bad picture is bad for every release, one that ends the processes which work on
 it most of all, and a deadline is over for all."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A release that may answer, and why it would be this one."""
-
-    release: Manifest
-    route: Route
 
 
 @dataclass(frozen=True)

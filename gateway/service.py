@@ -10,23 +10,23 @@ from dataclasses import dataclass
 from prometheus_client.core import Metric
 
 from contract import Manifest
-from gateway.catalogue import Catalogue
+from gateway.api.schemas import Metadata
+from gateway.auth.api_keys import ApiKeys
+from gateway.auth.rate_limit import Rates
 from gateway.comparison import Comparisons
-from gateway.dispatch import Dispatcher
-from gateway.errors import Failure
+from gateway.dispatch.dispatcher import Dispatcher
 from gateway.fetch.fetcher import Fetcher
-from gateway.fleet import Fleet
-from gateway.ingest import Picture
-from gateway.keys import ApiKeys
+from gateway.http.body import Picture
 from gateway.metrics import Metrics, count_by, gauge, gauge_by
 from gateway.mirrors import Mirrors
 from gateway.predict import Answer, Asker, predict
-from gateway.rates import Rates
-from gateway.router import Router
-from gateway.routing import RoutingFile
-from gateway.schemas import Metadata
+from gateway.problems import Failure
+from gateway.routing.catalogue import Catalogue
+from gateway.routing.router import Router
+from gateway.routing.routing_file import RoutingFile
 from gateway.settings import Settings
 from gateway.supervision import Tasks, failures
+from gateway.triton.fleet import Fleet
 
 _GONE_S = 600.0
 """A release that was not there for so long is forgotten. One that is loaded again is back much sooner."""

@@ -12,8 +12,6 @@ from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, fi
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 import contract
-from gateway.fetch.allowed import Allowed
-from gateway.fetch.resolver import parse_nameservers
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
@@ -134,19 +132,28 @@ class Settings(BaseSettings):
     @field_validator("image_hosts")
     @classmethod
     def _are_origins(cls, value: str) -> str:
-        Allowed.of(value, "")
+        if value:  # imported where it is needed: rollback reads the settings, too, and has no use for a resolver
+            from gateway.fetch.allowed import Allowed
+
+            Allowed.of(value, "")
         return value
 
     @field_validator("image_private_networks")
     @classmethod
     def _are_networks(cls, value: str) -> str:
-        Allowed.of("", value)
+        if value:
+            from gateway.fetch.allowed import Allowed
+
+            Allowed.of("", value)
         return value
 
     @field_validator("image_nameservers")
     @classmethod
     def _are_addresses(cls, value: str) -> str:
-        parse_nameservers(value)
+        if value:
+            from gateway.fetch.resolver import parse_nameservers
+
+            parse_nameservers(value)
         return value
 
     @classmethod

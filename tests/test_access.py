@@ -17,9 +17,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.access import require_safe
-from gateway.errors import Failure
-from gateway.keys import ApiKeys, Key, hash_of
+from gateway.auth.api_keys import ApiKeys, Key, hash_of
+from gateway.auth.middleware import require_safe
+from gateway.problems import Failure
 from gateway.settings import Settings
 from tests.conftest import ROOT, GatewayProcess, free_endpoint, free_port, http, wait_for
 from tests.raw_http import exchange
@@ -34,7 +34,7 @@ OPEN = ("/health/live", "/version", "/metrics", "/errors", "/errors/no_release",
 
 def new_key(*arguments: str) -> tuple[str, str]:
     """(key, lines for the file), from the command line as people use it."""
-    command = [sys.executable, "-m", "gateway.keys", "new", *arguments]
+    command = [sys.executable, "-m", "gateway.auth.api_keys", "new", *arguments]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     (key,) = re.findall(r"gwk_\S+", run.stderr)
     assert key not in run.stdout

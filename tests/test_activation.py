@@ -11,9 +11,9 @@ import grpc
 
 from contract import Golden
 from export.repository import Repository
-from gateway import activation
-from gateway.releases import Known, Releases
-from gateway.triton import Inference, ModelState, TritonError
+from gateway.triton import activation
+from gateway.triton.client import Inference, ModelState, TritonError
+from gateway.triton.inventory import Known, Releases
 from tests.conftest import GatewayProcess, free_endpoint, http, wait_for
 from tests.test_outages import GOOD, MANIFEST, predict
 from tests.test_problems import IMAGE, assert_problem

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.errors import PROBLEMS
+from gateway.problems import PROBLEMS
 from gateway.settings import Settings
 
 

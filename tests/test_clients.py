@@ -22,7 +22,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from gateway.keys import hash_of
+from gateway.auth.api_keys import hash_of
 from tests.conftest import EXAMPLES, ROOT, GatewayProcess, free_endpoint, free_port, http, wait_for
 from tests.raw_http import HEAD, connect, is_closed, receive
 from tests.test_overload import gauge

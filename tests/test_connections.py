@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from gateway.connection import MAX_AHEAD, MAX_HEAD, MAX_HEADERS, MAX_PIECES, MAX_TARGET, MIN_PIECE
+from gateway.http.connection import MAX_AHEAD, MAX_HEAD, MAX_HEADERS, MAX_PIECES, MAX_TARGET, MIN_PIECE
 from tests.conftest import ROOT, GatewayProcess, free_endpoint, free_port, http, wait_for
 from tests.raw_http import HEAD, connect, exchange, is_closed, receive
 from tests.test_problems import assert_problem

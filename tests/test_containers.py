@@ -17,7 +17,7 @@ from compose_viz.spec.compose_spec import ComposeSpecification
 from contract.routing import Routing
 from export import config
 from export.steps import REPOSITORY
-from gateway.keys import KeysTable
+from gateway.auth.api_keys import KeysTable
 from gateway.settings import Settings
 from tests.conftest import ROOT
 from triton_runtime.installation import SERVER_VERSION, SharedMemory

@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from contract import Manifest, StepPin, parse_release_name, release_name
+from gateway.api.schemas import PredictResponse
 from gateway.app import create_app
-from gateway.errors import PROBLEMS, Problem
-from gateway.schemas import PredictResponse
+from gateway.problems import PROBLEMS, Problem
 from gateway.settings import Settings
 from tests.compatibility import incompatibilities
 from tests.conftest import ROOT

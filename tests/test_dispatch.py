@@ -15,13 +15,15 @@ from typing import Any
 import grpc
 import pytest
 
-from gateway.dispatch import Call, Dispatcher, Lane
-from gateway.errors import Failure
-from gateway.fleet import Fleet, Replica
-from gateway.line import Line, Ran, Waiting
+from gateway.dispatch.dispatcher import Dispatcher
+from gateway.dispatch.fair_queue import Line
+from gateway.dispatch.release_queue import Lane
+from gateway.dispatch.work import Call, Ran, Waiting
 from gateway.metrics import Metrics
+from gateway.problems import Failure
 from gateway.settings import Settings
-from gateway.triton import Inference, TritonError, encode, pb
+from gateway.triton.client import Inference, TritonError, encode, pb
+from gateway.triton.fleet import Fleet, Replica
 from tests.conftest import http
 from tests.test_preprocessing import bad_pictures
 from triton_runtime.server import Endpoint

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.errors import PROBLEMS, Problem
-from gateway.schemas import PredictResponse, Timing
+from gateway.api.schemas import PredictResponse, Timing
+from gateway.problems import PROBLEMS, Problem
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from gateway.app import create_app
-from gateway.errors import PROBLEMS
-from gateway.keys import hash_of
+from gateway.auth.api_keys import hash_of
+from gateway.problems import PROBLEMS
 from gateway.settings import Settings
 from tests.conftest import GatewayProcess, free_endpoint, free_port, http, wait_for
 from tests.raw_http import HEAD, connect, exchange, receive

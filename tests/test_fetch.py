@@ -13,11 +13,11 @@ from typing import TypeVar
 import pytest
 import trustme
 
-from gateway.errors import Failure
 from gateway.fetch import objects
 from gateway.fetch.fetcher import Fetcher
 from gateway.fetch.location import parse
-from gateway.memory import Memory
+from gateway.http.memory import Memory
+from gateway.problems import Failure
 from gateway.settings import Settings
 from tests.conftest import GatewayProcess, http, wait_for
 from tests.offline import Offline

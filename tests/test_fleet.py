@@ -12,14 +12,14 @@ from typing import Any
 import grpc
 import pytest
 
-from gateway import catalogue as catalogue_module
-from gateway.catalogue import Catalogue
-from gateway.dispatch import Dispatcher
-from gateway.fleet import Fleet, Replica
+from gateway.dispatch.dispatcher import Dispatcher
 from gateway.metrics import Metrics
-from gateway.releases import Known
+from gateway.routing import catalogue as catalogue_module
+from gateway.routing.catalogue import Catalogue
 from gateway.settings import Settings
-from gateway.triton import Inference, TritonError
+from gateway.triton.client import Inference, TritonError
+from gateway.triton.fleet import Fleet, Replica
+from gateway.triton.inventory import Known
 from tests.test_outages import GOOD, MANIFEST
 
 NAME = MANIFEST.name

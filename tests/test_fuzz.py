@@ -8,7 +8,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from gateway.errors import PROBLEMS
+from gateway.problems import PROBLEMS
 from tests.fuzzing import api
 from tests.fuzzing.corpus import specimen
 from tests.fuzzing.pictures import ANSWERED, fuzz

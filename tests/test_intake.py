@@ -20,13 +20,13 @@ import pytest
 from starlette.requests import Request
 from starlette.types import Message
 
-from gateway.budget import DEPARTURE, Departure
-from gateway.cutting import Cut
-from gateway.errors import Failure
-from gateway.forms import Form
-from gateway.ingest import Picture, read_batch, read_picture
-from gateway.keys import hash_of
-from gateway.memory import Memory, Share
+from gateway.auth.api_keys import hash_of
+from gateway.http.body import Picture, read_batch, read_picture
+from gateway.http.deadline import DEPARTURE, Departure
+from gateway.http.forms import Form
+from gateway.http.json_body import Cut
+from gateway.http.memory import Memory, Share
+from gateway.problems import Failure
 from gateway.settings import Settings
 from tests.conftest import GatewayProcess, free_endpoint, http, wait_for
 from tests.raw_http import HEAD, connect, receive

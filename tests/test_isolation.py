@@ -17,15 +17,17 @@ import pytest
 
 from contract import Golden
 from gateway import supervision
-from gateway.dispatch import Dispatcher, Lane
-from gateway.errors import Failure
-from gateway.fleet import Fleet, Replica
+from gateway.dispatch.dispatcher import Dispatcher
+from gateway.dispatch.release_queue import Lane
 from gateway.metrics import Metrics
-from gateway.predict import Answer, Asker, Candidate, predict
-from gateway.releases import Known
+from gateway.predict import Answer, Asker, predict
+from gateway.problems import Failure
+from gateway.routing.router import Candidate
 from gateway.settings import Settings
 from gateway.supervision import Tasks
-from gateway.triton import Inference, ModelState, TritonError
+from gateway.triton.client import Inference, ModelState, TritonError
+from gateway.triton.fleet import Fleet, Replica
+from gateway.triton.inventory import Known
 from tests.test_outages import GOOD, MANIFEST
 
 GOLDEN = Golden("golden", b"golden", GOOD.label, dict(GOOD.scores))

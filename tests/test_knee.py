@@ -10,7 +10,7 @@ from collections import deque
 
 import pytest
 
-from gateway.knee import Knee
+from gateway.dispatch.limiter import Knee
 
 
 class Server:

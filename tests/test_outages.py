@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from contract import Manifest, StepPin
-from gateway.errors import Failure
 from gateway.predict import verify
-from gateway.triton import Inference, MalformedAnswer, decode, pb
+from gateway.problems import Failure
+from gateway.triton.client import Inference, MalformedAnswer, decode, pb
 from tests.conftest import GatewayProcess, free_endpoint, http, wait_for
 from tests.test_problems import IMAGE, assert_problem
 from triton_runtime.server import Endpoint, TritonServer

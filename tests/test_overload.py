@@ -16,10 +16,10 @@ import pytest
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway.budget import DEPARTURE, HEADER, Bounded, Departure
-from gateway.errors import Failure
+from gateway.http.deadline import DEPARTURE, HEADER, Bounded, Departure
+from gateway.http.middleware import REFUSAL, RequestContext
 from gateway.metrics import Metrics
-from gateway.middleware import REFUSAL, RequestContext
+from gateway.problems import Failure
 from perf.generator import Generator
 from perf.overload import share_kept
 from tests.conftest import EXAMPLES, GatewayProcess, http, wait_for

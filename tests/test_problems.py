@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.connection import LINGER_BODIES
-from gateway.errors import PROBLEMS
+from gateway.http.connection import LINGER_BODIES
+from gateway.problems import PROBLEMS
 from tests.conftest import GatewayProcess
 from tests.offline import PREPROCESSING
 from tests.test_preprocessing import bad_pictures, png_header

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from gateway.errors import Failure
-from gateway.rates import Rates
+from gateway.auth.rate_limit import Rates
+from gateway.problems import Failure
 
 
 class Clock:

@@ -15,7 +15,7 @@ import pytest
 from export.exam import Rules
 from export.release import Examiner
 from export.repository import Repository
-from gateway.rollback import Gateway, roll_back
+from gateway.routing.rollback import Gateway, roll_back
 from tests import drops
 from tests.conftest import EXAMPLES, GatewayProcess, free_endpoint, http, wait_for
 from tests.offline import Offline

@@ -21,12 +21,12 @@ import trustme
 from prometheus_client.parser import text_string_to_metric_families
 
 from contract import Manifest
-from gateway.catalogue import Catalogue
-from gateway.errors import Failure
-from gateway.releases import CHECKING, Known, Releases
-from gateway.router import Router, draw
-from gateway.routing import RoutingFile
-from gateway.triton import TritonClient
+from gateway.problems import Failure
+from gateway.routing.catalogue import Catalogue
+from gateway.routing.router import Router, draw
+from gateway.routing.routing_file import RoutingFile
+from gateway.triton.client import TritonClient
+from gateway.triton.inventory import CHECKING, Known, Releases
 from tests.conftest import ROOT, GatewayProcess, free_endpoint, free_port, http, wait_for
 from tests.test_outages import MANIFEST, predict
 from tests.test_problems import IMAGE, assert_problem
@@ -411,7 +411,7 @@ def test_at_the_start_nobody_answers_in_the_place_of_what_is_still_tried(tmp_pat
 
 
 def rollback(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gateway.rollback", *map(str, arguments)]
+    command = [sys.executable, "-m", "gateway.routing.rollback", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
 
 
@@ -508,7 +508,7 @@ def test_a_rollback_finds_a_gateway_with_tls_by_its_settings(pair_triton: Endpoi
         wait_for(lambda: httpx.get(f"{url}/version", verify=False).json()["pipeline"]["stable"] == "defect-v2")
         settings = {"TLS_CERTIFICATE": certificate, "HOST": "0.0.0.0", "PORT": gateway.port, "ROUTING": file}
         environment = {f"GATEWAY_{name}": str(value) for name, value in settings.items()}
-        command = [sys.executable, "-m", "gateway.rollback"]
+        command = [sys.executable, "-m", "gateway.routing.rollback"]
         run = subprocess.run(
             command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
         )

@@ -16,8 +16,8 @@ import pytest
 from gateway import __version__
 from gateway.app import create_app
 from gateway.comparison import Comparisons
-from gateway.errors import PROBLEMS
 from gateway.metrics import Metrics
+from gateway.problems import PROBLEMS
 from gateway.service import Service
 from gateway.settings import Settings
 from tests.conftest import ROOT, GatewayProcess, wait_for

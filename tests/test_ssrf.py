@@ -15,9 +15,9 @@ from ipaddress import ip_address
 import psutil
 import pytest
 
-from gateway.errors import Failure
 from gateway.fetch.allowed import is_public
 from gateway.fetch.fetcher import Fetcher
+from gateway.problems import Failure
 from gateway.settings import Settings
 from tests.conftest import wait_for
 from tests.ssrf.corpus import (

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gateway.writes import Joined
+from gateway.http.coalescing import Joined
 
 
 class Recorder(asyncio.Transport):

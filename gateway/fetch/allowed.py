@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
 
-from gateway.errors import Failure
 from gateway.fetch.location import Address, StoredObject, Web, parse, parse_web
+from gateway.problems import Failure
 
 Network = IPv4Network | IPv6Network
 

@@ -10,13 +10,13 @@ import re
 import ssl
 from urllib.parse import urljoin
 
-from gateway.errors import Failure
 from gateway.fetch import objects, web
 from gateway.fetch.allowed import Allowed
 from gateway.fetch.location import StoredObject, Web, parse, parse_web
 from gateway.fetch.resolver import Resolver
 from gateway.fetch.taken import Taken
-from gateway.memory import Share
+from gateway.http.memory import Share
+from gateway.problems import Failure
 from gateway.settings import Settings
 
 MAX_REDIRECTS = 3

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv6Address
 
-from gateway.errors import Failure
+from gateway.problems import Failure
 
 Address = IPv4Address | IPv6Address
 DEFAULT_PORTS = {"https": 443, "http": 80}

@@ -12,9 +12,9 @@ import functools
 import logging
 from typing import TYPE_CHECKING
 
-from gateway.errors import Failure
 from gateway.fetch.location import StoredObject
 from gateway.fetch.taken import Taken
+from gateway.problems import Failure
 
 if TYPE_CHECKING:
     from obstore.store import GCSStore, S3Store

@@ -16,8 +16,8 @@ import dns.name
 import dns.nameserver
 import dns.resolver
 
-from gateway.errors import Failure
 from gateway.fetch.location import Address
+from gateway.problems import Failure
 
 
 class Resolver:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from io import BytesIO
 
-from gateway.errors import Failure
-from gateway.memory import Share
+from gateway.http.memory import Share
+from gateway.problems import Failure
 
 
 class Taken:

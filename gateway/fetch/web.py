@@ -17,9 +17,9 @@ from typing import Any
 import httpcore
 
 from gateway import __version__
-from gateway.errors import Failure
 from gateway.fetch.location import Address, Web
 from gateway.fetch.taken import Taken
+from gateway.problems import Failure
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _NO_CONNECTION = (httpcore.NetworkError, httpcore.TimeoutException)

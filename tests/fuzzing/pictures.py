@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from gateway.schemas import PredictResponse
+from gateway.api.schemas import PredictResponse
 from tests.fuzzing.bombs import largest
 from tests.fuzzing.corpus import Specimen, specimen
 from tests.fuzzing.seeds import TYPES, Seed, seeds

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from contract import parse_release_name
 from contract.routing import Routing
-from gateway.following import FollowedFile
+from gateway.watched_file import FollowedFile
 
 
 class RoutingFile(FollowedFile[Routing]):

@@ -21,14 +21,14 @@ from typing import Any, NoReturn, cast
 from httptools import HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from gateway.access import is_open
-from gateway.budget import DEPARTURE, Departure
-from gateway.draining import Draining
-from gateway.errors import Failure
+from gateway.auth.middleware import is_open
+from gateway.http.coalescing import Joined
+from gateway.http.deadline import DEPARTURE, Departure
+from gateway.http.draining import Draining
+from gateway.http.middleware import REFUSAL
 from gateway.metrics import Metrics
-from gateway.middleware import REFUSAL
+from gateway.problems import Failure
 from gateway.settings import Settings
-from gateway.writes import Joined
 
 MAX_HEAD = 16 * 1024
 """Bytes of a request line with its headers; likewise of what is neither head nor body (trailers, chunk extensions)."""

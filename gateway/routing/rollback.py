@@ -1,4 +1,4 @@
-"""`python -m gateway.rollback`: have an earlier release answer, by one edit of the routing file.
+"""`python -m gateway.routing.rollback`: have an earlier release answer, by one edit of the routing file.
 
 A canary that gets requests is ended first, and the stable release goes on answering. Without one, the newest active
 release before the stable one answers instead, or the one that --to names. Everything else of the file stays, with its
@@ -33,10 +33,14 @@ from gateway.settings import Settings
 _PATIENCE_S = 2.0
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # listened on; this is where to ask
 _EPILOG = """examples:
-  python -m gateway.rollback                   end the canary; without one, back to the release before the stable one
-  python -m gateway.rollback --to defect-v2    to this one, without a canary
-  python -m gateway.rollback --forward         take the last rollback back: the file is as it was before it
-  python -m gateway.rollback --gateway https://a:8080 --gateway https://b:8080    several gateways follow the file
+  python -m gateway.routing.rollback
+      end the canary; without one, go back to the release before the stable one
+  python -m gateway.routing.rollback --to defect-v2
+      to this one, without a canary
+  python -m gateway.routing.rollback --forward
+      take the last rollback back: the file is as it was before it
+  python -m gateway.routing.rollback --gateway https://a:8080 --gateway https://b:8080
+      several gateways follow the file
 
 --to also works while no gateway can be reached: the file is written, and followed once one runs.
 """
@@ -97,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Roll back and print one line; 1 where it did not take effect."""
     settings = Settings.read()
     parse = argparse.ArgumentParser(
-        prog="python -m gateway.rollback",
+        prog="python -m gateway.routing.rollback",
         description=__doc__,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

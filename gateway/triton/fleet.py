@@ -23,13 +23,13 @@ import grpc
 
 import contract
 from contract import Manifest
-from gateway import activation
-from gateway.errors import Failure
-from gateway.poison import Deaths, step_of, steps_of
-from gateway.releases import Releases
+from gateway.problems import Failure
 from gateway.settings import Settings
 from gateway.supervision import Tasks, failed
-from gateway.triton import MalformedAnswer, TritonClient, TritonError
+from gateway.triton import activation
+from gateway.triton.client import MalformedAnswer, TritonClient, TritonError
+from gateway.triton.deaths import Deaths, step_of, steps_of
+from gateway.triton.inventory import Releases
 
 _PROBE_EVERY_S, _PROBE_SELDOM_S = 0.1, 1.0
 """A golden picture is sent again after so long: the first, and twice as long each time, up to the second."""

@@ -11,7 +11,7 @@ from io import BytesIO
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from gateway.errors import Failure
+from gateway.problems import Failure
 
 _PIECE = 2**16
 """So many bytes are parsed at once: a few milliseconds, should they be made to look like boundaries."""

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 from prometheus_client.core import Metric
 
-from gateway.errors import Failure
 from gateway.metrics import gauge
+from gateway.problems import Failure
 
 
 class Memory:

@@ -16,7 +16,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
-from gateway.errors import PROBLEMS, Kind
+from gateway.problems import PROBLEMS, Kind
 
 _STATIC = "static-offline-docs"
 """Where `FastAPIOffline` serves Swagger UI from its package."""

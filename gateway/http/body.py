@@ -19,12 +19,12 @@ from io import BytesIO
 from pydantic import TypeAdapter, ValidationError
 from starlette.requests import Request
 
-from gateway import budget
-from gateway.cutting import Cut
-from gateway.errors import Failure
-from gateway.forms import Form
-from gateway.memory import Share
-from gateway.schemas import ONE_PICTURE, BatchRequest, Metadata, PredictRequest
+from gateway.api.schemas import ONE_PICTURE, BatchRequest, Metadata, PredictRequest
+from gateway.http.deadline import TIMEOUT_HEADER, TIMEOUT_PARAMETER, Bounded
+from gateway.http.forms import Form
+from gateway.http.json_body import Cut
+from gateway.http.memory import Share
+from gateway.problems import Failure
 from gateway.settings import Settings
 
 _METADATA: TypeAdapter[Metadata | None] = TypeAdapter(Metadata | None)
@@ -85,7 +85,7 @@ OPENAPI_PARAMETERS = [
         "description": "The release to ask, in every form of the body. Without it the routing decides.",
         "example": "defect-v1",
     },
-    budget.OPENAPI_PARAMETER,
+    TIMEOUT_PARAMETER,
 ]
 
 
@@ -265,12 +265,12 @@ async def _read(request: Request, settings: Settings, deadline: float, share: Sh
     seconds = settings.body_timeout_s
     enough = max(1, int(settings.body_rate * seconds))
     now = time.monotonic()
-    end = deadline if budget.HEADER in request.headers else float("inf")
+    end = deadline if TIMEOUT_HEADER in request.headers else float("inf")
     turn = now + seconds
 
     def late() -> Failure:
         if end <= turn:
-            return Failure("body_timeout", f"{size:,} bytes came within the time of {budget.HEADER}")
+            return Failure("body_timeout", f"{size:,} bytes came within the time of {TIMEOUT_HEADER}")
         least = f"it has {seconds:g} s, and longer while {settings.body_rate:,} bytes come each second"
         return Failure("body_timeout", f"{size - counted:,} bytes of the body came in {seconds:g} s; {least}")
 
@@ -291,7 +291,7 @@ async def _read(request: Request, settings: Settings, deadline: float, share: Sh
         await write(data)
 
     inflater = _Inflater(hold) if encodings else None
-    with budget.Bounded(request, min(turn, end) - now, late, more) as bounded:
+    with Bounded(request, min(turn, end) - now, late, more) as bounded:
         share.begin(bounded.end)
         async for chunk in request.stream():
             size += len(chunk)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from contract import Manifest
-from gateway.errors import PROBLEMS, Failure
-from gateway.triton import Inference
+from gateway.problems import PROBLEMS, Failure
+from gateway.triton.client import Inference
 
 
 def verify(inference: Inference, release: Manifest) -> None:

@@ -6,8 +6,8 @@ import time
 from dataclasses import replace
 
 from contract import Manifest
-from gateway.fleet import Fleet, Replica
-from gateway.releases import NOT_YET_ON, Known
+from gateway.triton.fleet import Fleet, Replica
+from gateway.triton.inventory import NOT_YET_ON, Known
 
 _WAIT_FOR_OTHERS_S = 10.0
 """So long a release that is new waits for the replicas that do not have it yet: the first would get all the load."""

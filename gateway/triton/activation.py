@@ -10,11 +10,11 @@ import asyncio
 import grpc
 
 from contract import Manifest
-from gateway.errors import Failure
-from gateway.releases import Known, Releases
+from gateway.problems import Failure
 from gateway.supervision import failed
-from gateway.triton import Inference, MalformedAnswer, TritonClient, TritonError
-from gateway.verification import verify
+from gateway.triton.client import Inference, MalformedAnswer, TritonClient, TritonError
+from gateway.triton.inventory import Known, Releases
+from gateway.triton.verification import verify
 
 _ATTEMPTS = 4
 _PATIENCE_S = 5.0

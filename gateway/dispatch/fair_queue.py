@@ -2,45 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from gateway.poison import Record
-from gateway.triton import Inference
-
-if TYPE_CHECKING:
-    from gateway.dispatch import Call
-
-
-@dataclass(frozen=True)
-class Ran:
-    """An inference, and when its call was sent (monotonic seconds)."""
-
-    inference: Inference
-    sent: float
-
-
-@dataclass(eq=False)
-class Waiting:
-    """A picture. `deadline` is in monotonic seconds; `answer` is cancelled where nobody waits for it any more."""
-
-    picture: bytes
-    request_id: str
-    client: str
-    deadline: float
-    answer: asyncio.Future[Ran] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    has_other: bool = False
-    """Should the release be down, another one will be asked: there is no point in waiting for it."""
-    attempts: int = 0
-    is_alone: bool = False
-    """Not to be grouped: a call with this one in it failed."""
-    record: Record = field(default_factory=Record)
-    """What is held against its picture."""
-    was_alone: bool = False
-    """It was alone in a call that may have ended a process, so it is sent to no other release."""
-    call: Call | None = None
+from gateway.dispatch.work import Waiting
 
 
 class Line:

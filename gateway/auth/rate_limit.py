@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gateway.errors import Failure
+from gateway.problems import Failure
 
 _BURST_S = 1.0
 """A client that was quiet may send what this long earns it at once, and one request at least."""

@@ -16,9 +16,9 @@ import secrets
 from collections.abc import Iterator
 from io import BytesIO
 
-from gateway.errors import Failure
-from gateway.memory import Share
-from gateway.schemas import MAX_VALUE
+from gateway.api.schemas import MAX_VALUE
+from gateway.http.memory import Share
+from gateway.problems import Failure
 
 _IMAGE = re.compile(rb'"image"[ \t\r\n]*+:[ \t\r\n]*+"')
 """Where the text of a picture begins. In JSON its last quote begins a string, whatever the first one is."""

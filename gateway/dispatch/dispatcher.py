@@ -16,23 +16,22 @@ import asyncio
 import logging
 import math
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 import grpc
 
 from contract import Manifest
-from gateway.errors import Failure
-from gateway.fleet import Fleet, Replica
-from gateway.knee import Knee
-from gateway.line import Line, Ran, Waiting
+from gateway.dispatch.release_queue import RETRIES_SAVED, Lane
+from gateway.dispatch.suspects import GUILTY, SUSPECT, GivenUp, Record, Records, digest_of
+from gateway.dispatch.work import Call, Ran, Waiting
 from gateway.metrics import Metrics
-from gateway.poison import GUILTY, SUSPECT, GivenUp, Record, Records, digest_of, step_of, steps_of
+from gateway.problems import Failure
 from gateway.settings import Settings
 from gateway.supervision import failed
-from gateway.triton import MalformedAnswer, TritonError
+from gateway.triton.client import MalformedAnswer, TritonError
+from gateway.triton.deaths import step_of, steps_of
+from gateway.triton.fleet import Fleet, Replica
 
 _ATTEMPTS = 4
 _TRIAL_S, _PUT_OFF_S = 1.0, 0.2
@@ -41,161 +40,16 @@ _VERDICT_S = 5.0
 """For a suspect at least, whatever its own deadline: a trial without a verdict would cost one process after another."""
 _ATTEMPTS_AT_PROCESSES = 16
 """Where one of two processes of a step died, every other call may find it dead."""
-_RETRIES_SAVED = 100.0
 _RETRIES_EARNED = 0.1
 """Retries are a tenth of the answers at most, so that a failing server is not buried under them; some are saved up."""
-_RECENT = 0.2
-"""Weight of the newest call in what calls are expected to take."""
 _PATIENCE = 0.1
 """For so much of what a call takes, a call waits for more pictures while Triton has others to work on: clients that
 were answered together ask again one by one, and would each get a call of their own."""
-_SLOWER = 1.01
-"""By which the quickest call grows with each one, so that a server that becomes slower is believed at some time."""
-_TRY_AGAIN_S = 1.0
 _CAUTION = 1.5
 """So many times longer than expected an answer may take: who is let in on the edge is answered late as often as not."""
 
 
 logger = logging.getLogger("gateway.dispatch")
-
-
-@dataclass(eq=False)
-class Call:
-    """Pictures on their way through one replica."""
-
-    replica: Replica
-    group: list[Waiting]
-    had_to_wait: bool
-    """There was no room when the first of them came."""
-    sent: float = field(default_factory=time.monotonic)
-    task: asyncio.Task[None] | None = None
-    is_trial: bool = False
-    """Of a suspect, which goes alone."""
-    probed: float = 0.0
-    """When it began to be found out, before a trial, that all processes are alive."""
-    is_lost: bool = False
-    """Cancelled because of its replica: its pictures go to another one."""
-    is_given_up: bool = False
-    """Nobody waits for it any more."""
-
-
-class Lane:
-    """The requests for one release."""
-
-    def __init__(self, release: str) -> None:
-        self.release = release
-        self.line = Line()
-        self.calls: set[Call] = set()
-        self._calls_of: Counter[Replica] = Counter()
-        self._in_calls = 0
-        """Pictures."""
-        self._crowd = 0.0
-        """How many pictures are there once clients that were answered have asked again: the most lately."""
-        self.knees: defaultdict[Replica, Knee] = defaultdict(Knee)
-        self.call_s = 0.0
-        """How long a call takes."""
-        self._answered_s = 0.0
-        """The same, of those that were answered."""
-        self._quickest_s = 0.0
-        """The same, of the quickest lately."""
-        self._tried_at = 0.0
-        """When a request last had less time than that, and was let in nevertheless."""
-        self._picture_s = 0.0
-        """The same, for each of its pictures."""
-        self.trials = 0
-        """Calls on their way whose picture may end the process which works on it: one at most."""
-        self.alarm: asyncio.TimerHandle | None = None
-        """When a call that waits for more pictures goes, however many there are."""
-        self.retries = _RETRIES_SAVED
-        """Pictures that may be sent again now."""
-
-    def begin(self, call: Call) -> None:
-        """A call is on its way."""
-        self.calls.add(call)
-        self._calls_of[call.replica] += 1
-        self._in_calls += len(call.group)
-        self.trials += call.is_trial
-        there = len(self.line) + self._in_calls
-        self._crowd = max(there, self._crowd - max(0.25, (self._crowd - there) / 4))
-
-    def end(self, call: Call) -> None:
-        """It is not any more."""
-        self.calls.remove(call)
-        self._calls_of[call.replica] -= 1
-        if not self._calls_of[call.replica]:
-            del self._calls_of[call.replica]  # which may be gone
-        self._in_calls -= len(call.group)
-        self.trials -= call.is_trial
-        if not self.calls and not self.line:
-            self._crowd = 0.0
-
-    def room(self, replica: Replica) -> int:
-        """How many more calls a replica may get."""
-        return self.knees[replica].limit - self._calls_of[replica]
-
-    def slots(self, replicas: list[Replica]) -> int:
-        """How many calls the replicas may get together, at least one."""
-        return max(1, sum([self.knees[replica].limit for replica in replicas]))
-
-    def expected(self, client: str, replicas: list[Replica]) -> float:
-        """Seconds until an answer for one more request of a client."""
-        own = self.line.of(client)
-        clients = self.line.clients + (not own)
-        ahead = min(len(self.line) + 1, (own + 1) * clients)
-        return ahead * self._picture_s / self.slots(replicas) + self.call_s
-
-    def join(self, waiting: Waiting) -> None:
-        """One more waits."""
-        self.line.add(waiting)
-        self._crowd = max(self._crowd, len(self.line) + self._in_calls)
-
-    def share(self, replicas: list[Replica]) -> int:
-        """How many pictures each call has where all that are there are spread evenly over the calls that may be."""
-        return math.ceil(self._crowd / self.slots(replicas))
-
-    def coming(self) -> int:
-        """How many pictures wait, or are about to."""
-        return math.ceil(self._crowd) - self._in_calls
-
-    def is_too_late(self, waiting: Waiting) -> bool:
-        """Whether a call made now is expected to end after the deadline. Never where that could not be found out."""
-        return bool(self.calls) and time.monotonic() + self.call_s > waiting.deadline
-
-    def is_hopeless(self, left: float) -> bool:
-        """Whether no answer ever came within so many seconds. Now and then one request may find out that it can."""
-        now = time.monotonic()
-        if left >= self._quickest_s:
-            return False
-        if now - self._tried_at > _TRY_AGAIN_S:
-            self._tried_at = now
-            return False
-        return True
-
-    def learn(self, call: Call) -> None:
-        """A call ended. One that was abandoned would have taken longer still."""
-        now = time.monotonic()
-        seconds = now - call.sent
-        if call.is_given_up and seconds < self.call_s:
-            return
-        weight = _RECENT if self.call_s else 1.0
-        self.call_s += weight * (seconds - self.call_s)
-        if not call.is_given_up:
-            self._answered_s += weight * (seconds - self._answered_s)
-            self._quickest_s = min(seconds, self._quickest_s * _SLOWER or seconds)
-        self._picture_s += weight * (seconds / len(call.group) - self._picture_s)
-        knee = self.knees[call.replica]
-        if call.had_to_wait:
-            knee.observe(now, seconds, len(call.group))
-        else:
-            knee.pause()
-
-    def left_after_giving_up(self, call: Call) -> float:
-        """Seconds for which an abandoned call keeps its place: until it would usually have been answered.
-
-        Triton drops it only between two steps. What waits for its first step is worked on for nobody, and clients
-        that leave would fill that queue without end.
-        """
-        return max(0.0, call.sent + self._answered_s - time.monotonic())
 
 
 class Dispatcher:
@@ -437,7 +291,7 @@ class Dispatcher:
             if call.is_trial:
                 group[0].record.acquit()
                 lane.line.regroup()
-            lane.retries = min(_RETRIES_SAVED, lane.retries + _RETRIES_EARNED * len(group))
+            lane.retries = min(RETRIES_SAVED, lane.retries + _RETRIES_EARNED * len(group))
             lane.learn(call)
         except TritonError as error:
             if error.dead_process:

@@ -7,16 +7,29 @@ import logging
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from contract import Manifest, parse_release_name
 from contract.routing import LATEST, Routing
-from gateway.catalogue import Catalogue
-from gateway.errors import Failure
-from gateway.predict import Candidate
-from gateway.routing import RoutingFile
-from gateway.schemas import Metadata, Role
+from gateway.api.schemas import Metadata, Role
+from gateway.problems import Failure
+from gateway.routing.routing_file import RoutingFile
+
+if TYPE_CHECKING:  # what it is made of asks Triton, and loads gRPC for it
+    from gateway.routing.catalogue import Catalogue
 
 logger = logging.getLogger("gateway.routing")
+
+Route = Literal["stable", "canary", "pinned", "fallback"]
+"""Why a release answers."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A release that may answer, and why it would be this one."""
+
+    release: Manifest
+    route: Route
 
 
 @dataclass(frozen=True)

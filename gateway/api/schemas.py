@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from contract.routing import Canary, Shadow
-from gateway.errors import Fault, Problem, Step
+from gateway.problems import Fault, Problem, Step
 
 MAX_VALUE = 1024
 """Characters of a string in the metadata."""

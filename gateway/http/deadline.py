@@ -9,15 +9,15 @@ from types import TracebackType
 
 from starlette.requests import Request
 
-from gateway.errors import Failure
+from gateway.problems import Failure
 from gateway.settings import Settings
 
-HEADER = "X-Timeout-Ms"
+TIMEOUT_HEADER = "X-Timeout-Ms"
 DEPARTURE = "departure"
 """Where in a request's state its connection leaves a `Departure` (connection.py)."""
 
-OPENAPI_PARAMETER = {
-    "name": HEADER,
+TIMEOUT_PARAMETER = {
+    "name": TIMEOUT_HEADER,
     "in": "header",
     "required": False,
     "schema": {"type": "integer", "minimum": 1, "maximum": 3_600_000},
@@ -26,7 +26,7 @@ OPENAPI_PARAMETER = {
 }
 
 
-def deadline(request: Request, settings: Settings) -> float:
+def deadline_of(request: Request, settings: Settings) -> float:
     """When the answer is of no use any more, in monotonic seconds.
 
     A client that names no time is not held to one while it is still sending: ask again once its request is there.
@@ -34,11 +34,11 @@ def deadline(request: Request, settings: Settings) -> float:
     Raises:
         Failure: invalid_request.
     """
-    text = request.headers.get(HEADER)
+    text = request.headers.get(TIMEOUT_HEADER)
     if text is None:
         return time.monotonic() + settings.deadline_s
     if not (text.isascii() and text.isdigit() and 1 <= len(text) <= 7 and 1 <= int(text) <= 3_600_000):
-        raise Failure("invalid_request", f"{HEADER}: expected whole milliseconds from 1 to 3600000")
+        raise Failure("invalid_request", f"{TIMEOUT_HEADER}: expected whole milliseconds from 1 to 3600000")
     return float(request.state.started) + min(int(text) / 1000, settings.max_deadline_s)
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.errors import Failure
-from gateway.keys import ApiKeys
+from gateway.auth.api_keys import ApiKeys
+from gateway.problems import Failure
 from gateway.settings import Settings
 
 _OPEN = ("/health", "/version", "/metrics", "/errors", "/docs", "/openapi.json", "/static-offline-docs")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 import contract
-from gateway import __version__, schemas
-from gateway.errors import PROBLEMS
-from gateway.releases import Known
-from gateway.router import Router
+from gateway import __version__
+from gateway.api import schemas
+from gateway.problems import PROBLEMS
+from gateway.routing.router import Router
 from gateway.service import Judged, Service
+from gateway.triton.inventory import Known
 
 CONTRACT = "v1"
 

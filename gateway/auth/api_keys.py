@@ -20,14 +20,14 @@ from typing import Annotated, Self
 from pydantic import Field
 
 from contract.tables import Table
-from gateway.errors import Failure
-from gateway.following import FollowedFile
+from gateway.problems import Failure
 from gateway.settings import Settings
+from gateway.watched_file import FollowedFile
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _EPILOG = """example:
-  python -m gateway.keys new scanner >> access/keys.toml        (make key NAME=scanner)
+  python -m gateway.auth.api_keys new scanner >> access/keys.toml        (make key NAME=scanner)
 
 The key is shown once, on standard error; the file gets its hash. A client may have several keys: to rotate one, add
 the new one, hand it over, and remove the old one. The gateway follows the file (GATEWAY_API_KEYS_FILE)."""
@@ -139,7 +139,7 @@ def _clients(keys: Iterable[Key]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Make a key."""
     parser = argparse.ArgumentParser(
-        prog="python -m gateway.keys",
+        prog="python -m gateway.auth.api_keys",
         description="Make an API key.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

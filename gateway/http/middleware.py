@@ -18,8 +18,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.errors import MEDIA_TYPE, PROBLEMS, Failure, Problem
 from gateway.metrics import Metrics
+from gateway.problems import MEDIA_TYPE, PROBLEMS, Failure, Problem
 
 REQUEST_ID = "x-request-id"
 REFUSAL = "refusal"

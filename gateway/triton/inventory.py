@@ -14,7 +14,7 @@ import grpc
 
 import contract
 from contract import Manifest
-from gateway.triton import ModelState, TritonClient, TritonError
+from gateway.triton.client import ModelState, TritonClient, TritonError
 
 CHECKING = "its golden pictures are being tried"
 NOT_YET_ON = "not yet on "

@@ -1,0 +1,1 @@
+"""What clients see: the schemas of the contract, the answers, the pages for browsers."""

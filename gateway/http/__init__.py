@@ -1,0 +1,1 @@
+"""HTTP: connections, heads and bodies, bounded in size, time and number; a request's deadline."""

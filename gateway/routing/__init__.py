@@ -1,0 +1,1 @@
+"""Which release answers: the routing file, and the releases of all servers."""
