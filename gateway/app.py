@@ -37,7 +37,7 @@ from gateway.http.fast_path import Direct
 from gateway.http.memory import Memory
 from gateway.http.middleware import RequestContext, problem_response
 from gateway.metrics import Metrics
-from gateway.predict import Asker
+from gateway.predict import RequestInfo
 from gateway.problems import PROBLEMS, Failure, Problem, codes_of, openapi_responses
 from gateway.service import Service
 from gateway.settings import Settings
@@ -110,27 +110,27 @@ def create_app(
     async def predict_route(request: Request) -> Response:
         state = request.scope["state"]
         request_id, client, log = state["request_id"], state["client"], state["log"]
-        asker = Asker(request_id, client.name, deadline_of(request, settings))
+        caller = RequestInfo(request_id, client.name, deadline_of(request, settings))
         with service.predicting, memory.share() as share:
             if not request.scope["query_string"]:  # which may name another release
-                service.require_room(asker)  # before the work of reading, and before that costs the client something
+                service.require_room(caller)  # before the work of reading, and before that costs the client something
             service.rates.spend(client.name, client.rate)
-            picture = await read_picture(request, settings, asker.deadline, share)
-            asker = replace(asker, deadline=deadline_of(request, settings))
+            picture = await read_picture(request, settings, caller.deadline, share)
+            caller = replace(caller, deadline=deadline_of(request, settings))
             with Bounded(request):
-                judged = await service.judge(picture, asker, request.headers)
-        timing = responses.timing(judged, state["started"])
-        body = responses.prediction(request_id, judged, timing)
+                prediction = await service.judge(picture, caller, request.headers)
+        timing = responses.timing(prediction, state["started"])
+        body = responses.prediction(request_id, prediction, timing)
         metrics.predicted(body.model_version, body.route)
         log["release"], log["route"], log["label"] = body.model_version, body.route, body.label
         log["timing_ms"] = timing
         if picture.url is not None:
-            log["fetch_ms"] = round(judged.fetch_s * 1e3, 3)
-        if judged.answer.passed_over:
-            log["passed_over"] = str(judged.answer.passed_over)
+            log["fetch_ms"] = round(prediction.fetch_s * 1e3, 3)
+        if prediction.answer.passed_over:
+            log["passed_over"] = str(prediction.answer.passed_over)
         headers = {"Server-Timing": responses.server_timing(timing)}
         # Starlette runs it once the answer was sent.
-        compare = BackgroundTask(service.compare, judged, request_id)
+        compare = BackgroundTask(service.compare, prediction, request_id)
         return Response(body.model_dump_json(), 200, headers, "application/json", compare)
 
     @app.post(
@@ -158,14 +158,16 @@ def create_app(
             deadline = deadline_of(request, settings)
 
             async def result(i: int, item: Picture | Failure) -> schemas.BatchAnswer | schemas.BatchProblem:
-                asker = Asker(f"{request_id}-{i}", client.name, deadline)
+                caller = RequestInfo(f"{request_id}-{i}", client.name, deadline)
                 try:
                     if isinstance(item, Failure):
                         raise item
-                    judged = await service.judge(item, asker, request.headers)
+                    prediction = await service.judge(item, caller, request.headers)
                 except Failure as failure:
-                    return schemas.BatchProblem(problem=Problem.of(failure, asker.request_id, settings.root_path))
-                answer = responses.prediction(asker.request_id, judged, responses.timing(judged, request.state.started))
+                    return schemas.BatchProblem(problem=Problem.of(failure, caller.request_id, settings.root_path))
+                answer = responses.prediction(
+                    caller.request_id, prediction, responses.timing(prediction, request.state.started)
+                )
                 metrics.predicted(answer.model_version, answer.route)
                 return schemas.BatchAnswer(answer=answer)
 

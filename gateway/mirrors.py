@@ -15,7 +15,7 @@ from contract import Manifest
 from gateway.comparison import Comparison, Comparisons
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.metrics import Metrics
-from gateway.predict import Answer, Asker, predict
+from gateway.predict import Answer, RequestInfo, predict
 from gateway.problems import Failure
 from gateway.routing.router import Candidate, Router
 from gateway.settings import Settings
@@ -59,15 +59,15 @@ class Mirrors:
         self._copies.once("compare", partial(self._run, comparison, answer, other, picture, request_id))
 
     async def close(self) -> None:
-        """Give up what is running."""
+        """Cancel what is running."""
         await self._copies.close()
 
     async def _run(
         self, comparison: Comparison, answer: Answer, other: Manifest, picture: bytes, request_id: str
     ) -> None:
-        asker = Asker(request_id, "mirror", time.monotonic() + self._settings.deadline_s)
+        caller = RequestInfo(request_id, "mirror", time.monotonic() + self._settings.deadline_s)
         try:
-            copy = await predict(self._dispatcher, [Candidate(other, "pinned")], picture, asker)
+            copy = await predict(self._dispatcher, [Candidate(other, "pinned")], picture, caller)
         except Failure as failure:
             comparison.errors[failure.code] += 1
             self._metrics.compared(comparison.release, "failed")

@@ -54,7 +54,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Asker:
+class RequestInfo:
     """Who asks, and until when (monotonic seconds) an answer is of use."""
 
     request_id: str
@@ -66,7 +66,7 @@ async def predict(
     dispatcher: Dispatcher,
     candidates: Sequence[Candidate],
     picture: bytes,
-    asker: Asker,
+    caller: RequestInfo,
     may_answer: Callable[[str], bool] = lambda _: True,
 ) -> Answer:
     """Answer one picture in time, by the first candidate, or should it fail, by the next that may answer then.
@@ -75,25 +75,27 @@ async def predict(
         Failure: nothing could answer, the picture cannot be used, or the answer cannot be trusted.
     """
     try:
-        return await _ask(dispatcher, candidates[0], picture, asker, has_other=len(candidates) > 1)
+        return await _ask(dispatcher, candidates[0], picture, caller, has_other=len(candidates) > 1)
     except Failure as failure:
         others = [candidate for candidate in candidates[1:] if may_answer(candidate.release.name)]
-        if not others or failure.code not in _FAULTS_OF_A_RELEASE or time.monotonic() >= asker.deadline:
+        if not others or failure.code not in _FAULTS_OF_A_RELEASE or time.monotonic() >= caller.deadline:
             raise
         passed_over = failure
-    return replace(await _ask(dispatcher, others[0], picture, asker), passed_over=passed_over)
+    return replace(await _ask(dispatcher, others[0], picture, caller), passed_over=passed_over)
 
 
 async def _ask(
     dispatcher: Dispatcher,
     candidate: Candidate,
     picture: bytes,
-    asker: Asker,
+    caller: RequestInfo,
     has_other: bool = False,
 ) -> Answer:
     release = candidate.release
     try:
-        ran = await dispatcher.infer(release.name, picture, asker.request_id, asker.client, asker.deadline, has_other)
+        ran = await dispatcher.infer(
+            release.name, picture, caller.request_id, caller.client, caller.deadline, has_other
+        )
     except TritonError as error:
         code = _FAILURES.get(error.status, "inference_failed")
         if code == "no_release" and candidate.route == "pinned":

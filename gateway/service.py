@@ -19,7 +19,7 @@ from gateway.fetch.fetcher import Fetcher
 from gateway.http.body import Picture
 from gateway.metrics import Metrics, count_by, gauge, gauge_by
 from gateway.mirrors import Mirrors
-from gateway.predict import Answer, Asker, predict
+from gateway.predict import Answer, RequestInfo, predict
 from gateway.problems import Failure
 from gateway.routing.catalogue import Catalogue
 from gateway.routing.router import Router
@@ -33,7 +33,7 @@ _GONE_S = 600.0
 
 
 @dataclass(frozen=True)
-class Judged:
+class Prediction:
     """An answer, with the picture and what came with it; the prediction's times are in monotonic seconds."""
 
     answer: Answer
@@ -94,14 +94,14 @@ class Service:
         await self.dispatcher.close()
         await self.fleet.close()
 
-    def require_room(self, asker: Asker) -> None:
+    def require_room(self, caller: RequestInfo) -> None:
         """Refuse a request before it is read, where the stable release could not answer it in time.
 
         Raises:
             Failure: overloaded.
         """
         if stable := self.router.in_force().stable:
-            self.dispatcher.require_room(stable.name, asker.client, asker.deadline)
+            self.dispatcher.require_room(stable.name, caller.client, caller.deadline)
 
     async def ready(self) -> Manifest:
         """The release that would answer a request now: the stable one, or the one that covers for it.
@@ -122,7 +122,7 @@ class Service:
                     return other
             raise
 
-    async def judge(self, picture: Picture, asker: Asker, headers: Mapping[str, str]) -> Judged:
+    async def judge(self, picture: Picture, caller: RequestInfo, headers: Mapping[str, str]) -> Prediction:
         """Answer one picture: choose who answers, fetch the picture where it was sent by its location, and predict.
 
         Raises:
@@ -131,22 +131,22 @@ class Service:
         candidates = self.router.choose(picture.pin, picture.metadata, headers)
         data, asked = picture.data, time.monotonic()
         if picture.url is not None:
-            data = await self.fetcher.fetch(picture.url, asker.deadline - asked, picture.share)
+            data = await self.fetcher.fetch(picture.url, caller.deadline - asked, picture.share)
         began = time.monotonic()
-        answer = await predict(self.dispatcher, candidates, data, asker, self._may_cover)
-        return Judged(answer, data, picture.metadata, began, time.monotonic(), began - asked)
+        answer = await predict(self.dispatcher, candidates, data, caller, self._may_cover)
+        return Prediction(answer, data, picture.metadata, began, time.monotonic(), began - asked)
 
     def _may_cover(self, release: str) -> bool:
         """Whether a release may answer for another one now: it may have become the shadow meanwhile."""
         shadow = self.router.in_force().shadow
         return shadow is None or shadow.name != release
 
-    async def compare(self, judged: Judged, request_id: str) -> None:
+    async def compare(self, prediction: Prediction, request_id: str) -> None:
         """Run an answered request once more where it is to be compared; returns at once."""
-        await self.mirrors.offer(judged.answer, judged.picture, request_id, self.predicting.count)
+        await self.mirrors.offer(prediction.answer, prediction.picture, request_id, self.predicting.count)
 
     def _forget_what_is_gone(self) -> None:
-        """Drop the series, the lane and the comparison of a release that was not there for a while."""
+        """Drop the series, the queue and the comparison of a release that was not there for a while."""
         now = time.monotonic()
         self._seen |= {known.name: now for known in self.releases.known}
         for name in [name for name, at in self._seen.items() if now - at > _GONE_S]:

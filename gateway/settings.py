@@ -63,7 +63,7 @@ class Settings(BaseSettings):
     keep_alive_s: Seconds = 75.0
     """Time after which an unused connection is closed; more than proxies in front keep theirs (nginx, ALB: 60 s)."""
     send_timeout_s: Seconds = 30.0
-    """Time after which a client that takes nothing of its answers is given up."""
+    """Time after which a client that takes nothing of its answers is disconnected."""
     triton_urls: Addresses = ("127.0.0.1:8001",)
     """Triton's gRPC endpoints, host:port, separated by commas. A name with several addresses is as many servers."""
     pipeline: str = Field(default="defect", pattern=rf"^{contract.PIPELINE_NAME.pattern}$")

@@ -44,7 +44,7 @@ class FollowedFile(Generic[T]):
             self._take(self._seen)
 
     async def follow(self) -> None:
-        """Wait a moment, and look at the file. What it says counts once it was read twice: an edit takes its time."""
+        """Wait a moment, and look at the file. Content is adopted after two identical reads: an edit takes its time."""
         await asyncio.sleep(_POLL_S)
         read = await asyncio.to_thread(self._read)
         if read == self._seen and read != self._taken:

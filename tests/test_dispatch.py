@@ -16,9 +16,9 @@ import grpc
 import pytest
 
 from gateway.dispatch.dispatcher import Dispatcher
-from gateway.dispatch.fair_queue import Line
-from gateway.dispatch.release_queue import Lane
-from gateway.dispatch.work import Call, Ran, Waiting
+from gateway.dispatch.fair_queue import FairQueue
+from gateway.dispatch.release_queue import ReleaseQueue
+from gateway.dispatch.work import Call, PendingItem, TimedInference
 from gateway.metrics import Metrics
 from gateway.problems import Failure
 from gateway.settings import Settings
@@ -43,7 +43,7 @@ class Lab:
 
     async def ask(self, picture: bytes, client: str = "one", within: float = 60.0) -> Inference:
         ran = await self.dispatcher.infer(RELEASE, picture, "request", client, time.monotonic() + within)
-        assert isinstance(ran, Ran)
+        assert isinstance(ran, TimedInference)
         return ran.inference
 
     def sizes(self) -> tuple[int, int]:
@@ -337,17 +337,17 @@ class Crowd:
     """A lane that may have two calls at once, and those who ask it, one after the other."""
 
     def __init__(self) -> None:
-        self.lane = Lane(RELEASE)
+        self.queue = ReleaseQueue(RELEASE)
         self.replicas: list[Replica] = [object()]  # type: ignore[list-item]
 
     def come(self, many: int) -> None:
-        for waiting in line(*[("a", 1)] * many).everyone():
-            self.lane.join(waiting)
+        for item in fair_queue(*[("a", 1)] * many).everyone():
+            self.queue.join(item)
 
     def send(self) -> Call:
         """As many as a call should have."""
-        call = Call(self.replicas[0], self.lane.line.take(self.lane.share(self.replicas), 99), had_to_wait=True)
-        self.lane.begin(call)
+        call = Call(self.replicas[0], self.queue.pending.take(self.queue.share(self.replicas), 99), had_to_wait=True)
+        self.queue.begin(call)
         return call
 
 
@@ -355,15 +355,15 @@ def test_who_was_answered_is_expected_back() -> None:
     crowd = Crowd()
     crowd.come(15)
     first, second = crowd.send(), crowd.send()
-    assert (len(first.group), len(second.group), crowd.lane.coming()) == (8, 7, 0)
-    crowd.lane.end(first)
+    assert (len(first.group), len(second.group), crowd.queue.expected_soon()) == (8, 7, 0)
+    crowd.queue.end(first)
     crowd.come(7)
-    assert (len(crowd.lane.line), crowd.lane.coming()) == (7, 8)  # one is missing still
+    assert (len(crowd.queue.pending), crowd.queue.expected_soon()) == (7, 8)  # one is missing still
     crowd.come(1)
     third = crowd.send()
-    crowd.lane.end(second)
+    crowd.queue.end(second)
     crowd.come(7)
-    assert (len(third.group), crowd.lane.coming(), len(crowd.lane.line)) == (8, 7, 7)  # nobody is
+    assert (len(third.group), crowd.queue.expected_soon(), len(crowd.queue.pending)) == (8, 7, 7)  # nobody is
 
 
 def test_who_does_not_come_back_is_soon_forgotten() -> None:
@@ -371,85 +371,85 @@ def test_who_does_not_come_back_is_soon_forgotten() -> None:
     crowd.come(64)
     first, second = crowd.send(), crowd.send()
     for _ in range(20):
-        crowd.lane.end(first)
+        crowd.queue.end(first)
         crowd.come(4)
         first, second = second, crowd.send()
     assert len(second.group) == 4
-    assert crowd.lane.coming() == 0
+    assert crowd.queue.expected_soon() == 0
 
 
 def test_after_a_pause_nobody_is_expected() -> None:
     crowd = Crowd()
     crowd.come(64)
     for call in (crowd.send(), crowd.send()):
-        crowd.lane.end(call)
+        crowd.queue.end(call)
     crowd.come(1)
-    assert (crowd.lane.coming(), crowd.lane.share(crowd.replicas)) == (1, 1)
+    assert (crowd.queue.expected_soon(), crowd.queue.share(crowd.replicas)) == (1, 1)
 
 
 # ---- the line ----
 
 
-def line(*waiting: tuple[str, int]) -> Line:
-    made = Line()
-    for client, size in waiting:
-        made.add(Waiting(bytes(size), f"{client}{size}", client, 0.0, answer=None))  # type: ignore[arg-type]
+def fair_queue(*item: tuple[str, int]) -> FairQueue:
+    made = FairQueue()
+    for client, size in item:
+        made.add(PendingItem(bytes(size), f"{client}{size}", client, 0.0, answer=None))  # type: ignore[arg-type]
     return made
 
 
-def names(group: list[Waiting]) -> list[str]:
-    return [waiting.request_id for waiting in group]
+def names(group: list[PendingItem]) -> list[str]:
+    return [item.request_id for item in group]
 
 
 def test_clients_take_turns() -> None:
-    waiting = line(("a", 1), ("a", 2), ("a", 3), ("b", 1), ("b", 2), ("c", 1))
-    assert names(waiting.take(4, 99)) == ["a1", "b1", "c1", "a2"]
-    assert names(waiting.take(4, 99)) == ["b2", "a3"]
-    assert len(waiting) == waiting.bytes == 0
+    item = fair_queue(("a", 1), ("a", 2), ("a", 3), ("b", 1), ("b", 2), ("c", 1))
+    assert names(item.take(4, 99)) == ["a1", "b1", "c1", "a2"]
+    assert names(item.take(4, 99)) == ["b2", "a3"]
+    assert len(item) == item.bytes == 0
 
 
 def test_who_does_not_fit_into_a_group_begins_the_next() -> None:
-    waiting = line(("b", 1), ("a", 50), ("c", 1), ("b", 2), ("c", 2), ("b", 3), ("c", 3))
-    assert names(waiting.take(2, 9)) == ["b1", "c1"]
-    assert names(waiting.take(2, 9)) == ["a50"]
-    assert names(waiting.take(9, 9)) == ["b2", "c2", "b3"]
-    assert names(waiting.take(9, 9)) == ["c3"]
+    item = fair_queue(("b", 1), ("a", 50), ("c", 1), ("b", 2), ("c", 2), ("b", 3), ("c", 3))
+    assert names(item.take(2, 9)) == ["b1", "c1"]
+    assert names(item.take(2, 9)) == ["a50"]
+    assert names(item.take(9, 9)) == ["b2", "c2", "b3"]
+    assert names(item.take(9, 9)) == ["c3"]
 
 
 def test_how_many_fit_into_a_call_is_told_from_their_mean_size() -> None:
-    assert line(("a", 2), ("a", 4), ("b", 6)).fitting(9) == 2
-    assert line(("a", 10)).fitting(9) == 1
-    assert line(("a", 0)).fitting(9) == 9
+    assert fair_queue(("a", 2), ("a", 4), ("b", 6)).fitting(9) == 2
+    assert fair_queue(("a", 10)).fitting(9) == 1
+    assert fair_queue(("a", 0)).fitting(9) == 9
 
 
 def test_what_is_put_back_is_next_and_alone_where_it_must() -> None:
-    waiting = line(("a", 1), ("b", 2), ("b", 3))
-    first, second = waiting.take(2, 99)
+    item = fair_queue(("a", 1), ("b", 2), ("b", 3))
+    first, second = item.take(2, 99)
     second.is_alone = True
-    waiting.put_back(second)
-    waiting.put_back(first)
-    assert (len(waiting), waiting.bytes) == (3, 6)
-    assert names(waiting.take(9, 99)) == ["b2"]
-    assert names(waiting.take(9, 99)) == ["a1", "b3"]
+    item.put_back(second)
+    item.put_back(first)
+    assert (len(item), item.bytes) == (3, 6)
+    assert names(item.take(9, 99)) == ["b2"]
+    assert names(item.take(9, 99)) == ["a1", "b3"]
 
 
 def test_what_leaves_is_forgotten_wherever_it_waits() -> None:
-    waiting = line(("a", 1), ("b", 2), ("b", 3))
-    (first,) = waiting.take(1, 99)
-    waiting.put_back(first)
-    for each in waiting.everyone():
-        waiting.remove(each)
-        waiting.remove(each)
-    assert (len(waiting), waiting.bytes, waiting.clients) == (0, 0, 0)
+    item = fair_queue(("a", 1), ("b", 2), ("b", 3))
+    (first,) = item.take(1, 99)
+    item.put_back(first)
+    for each in item.everyone():
+        item.remove(each)
+        item.remove(each)
+    assert (len(item), item.bytes, item.clients) == (0, 0, 0)
 
 
 def test_the_room_is_made_by_who_has_the_most_of_it() -> None:
-    waiting = line(("a", 1), ("a", 2), ("a", 3), ("b", 4))
-    last = waiting.last_of_longer("c")
+    item = fair_queue(("a", 1), ("a", 2), ("a", 3), ("b", 4))
+    last = item.eviction_candidate("c")
     assert last is not None
     assert last.request_id == "a3"
-    assert waiting.last_of_longer("b") is not None
-    assert waiting.last_of_longer("a") is None
+    assert item.eviction_candidate("b") is not None
+    assert item.eviction_candidate("a") is None
 
 
 def test_who_gives_less_time_than_any_answer_takes_is_told_so_at_once(lab: Callable[..., None], jpeg: bytes) -> None:
@@ -459,8 +459,8 @@ def test_who_gives_less_time_than_any_answer_takes_is_told_so_at_once(lab: Calla
         outcomes = [await outcome(lab.ask(jpeg, within=0.001)) for _ in range(20)]
         assert set(outcomes) <= {"overloaded", "deadline_exceeded"}
         assert outcomes.count("overloaded") > 10
-        lane = lab.dispatcher._lanes[RELEASE]
-        lane._quickest_s, lane._tried_at = 60.0, 0.0  # as if the first call of all had been slow
+        queue = lab.dispatcher._queues[RELEASE]
+        queue._quickest_s, queue._tried_at = 60.0, 0.0  # as if the first call of all had been slow
         assert not isinstance(await outcome(lab.ask(jpeg)), str), "one finds out"
         assert not isinstance(await outcome(lab.ask(jpeg)), str), "and the others profit"
 

@@ -54,8 +54,8 @@ async def _new_release(monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = fleet_of([release(1), release(2)], [release(1)])
     catalogue = Catalogue(fleet, "defect")
     assert names(catalogue) == ["defect-v1"]
-    waiting = catalogue.find("defect-v2")
-    assert waiting is not None and waiting.reason == "not yet on 127.0.0.1:2"
+    item = catalogue.find("defect-v2")
+    assert item is not None and item.reason == "not yet on 127.0.0.1:2"
     fleet.replicas[1].releases.known = (release(1), release(2))
     assert names(catalogue) == ["defect-v2", "defect-v1"]
     fleet.replicas[1].releases.known = (release(1),)  # it was admitted: one that loses it takes nothing away
@@ -120,20 +120,20 @@ def test_a_replica_that_is_lost_or_broken_takes_no_release_away(other: list[Know
 def test_without_any_replica_requests_wait_a_moment_and_are_then_refused() -> None:
     async def check() -> None:
         fleet = fleet_of([release(1)], patience_s=0.2)
-        assert fleet.having("defect-v1") == fleet.replicas
+        assert fleet.replicas_for("defect-v1") == fleet.replicas
         with pytest.raises(TritonError) as none_has_it:
-            fleet.having("defect-v9")
+            fleet.replicas_for("defect-v9")
         assert none_has_it.value.status is grpc.StatusCode.NOT_FOUND
         told: list[bool] = []
         fleet.on_change(lambda: told.append(True))
         fleet.replicas[0].lose("it broke")
-        assert fleet.having("defect-v1") == []
+        assert fleet.replicas_for("defect-v1") == []
         assert told
         told.clear()
         await asyncio.sleep(0.3)
         assert told  # that it has lasted long enough
         with pytest.raises(TritonError) as refused:
-            fleet.having("defect-v1")
+            fleet.replicas_for("defect-v1")
         assert refused.value.status is grpc.StatusCode.UNAVAILABLE
         assert "127.0.0.1:1: it broke" in refused.value.detail
 

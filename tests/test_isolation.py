@@ -18,9 +18,9 @@ import pytest
 from contract import Golden
 from gateway import supervision
 from gateway.dispatch.dispatcher import Dispatcher
-from gateway.dispatch.release_queue import Lane
+from gateway.dispatch.release_queue import ReleaseQueue
 from gateway.metrics import Metrics
-from gateway.predict import Answer, Asker, predict
+from gateway.predict import Answer, RequestInfo, predict
 from gateway.problems import Failure
 from gateway.routing.router import Candidate
 from gateway.settings import Settings
@@ -143,7 +143,7 @@ class World:
 
     async def predict(self, *releases: Any, picture: bytes = b"picture") -> Answer:
         candidates = [Candidate(release, "stable" if not i else "fallback") for i, release in enumerate(releases)]
-        return await predict(self.dispatcher, candidates, picture, Asker("id", "one", time.monotonic() + 20))
+        return await predict(self.dispatcher, candidates, picture, RequestInfo("id", "one", time.monotonic() + 20))
 
 
 async def fails() -> None:
@@ -181,14 +181,14 @@ def test_a_release_that_failed_is_asked_again_once_it_answers_a_golden_picture()
         async with World(Server(), patience_s=30) as world:
             (server,) = world.servers
             server.do[OTHER.name] = fails
-            waiting = [asyncio.create_task(world.ask(OTHER.name)) for _ in range(10)]
+            item = [asyncio.create_task(world.ask(OTHER.name)) for _ in range(10)]
             await asyncio.sleep(0.3)
             assert world.fleet.is_down(OTHER.name)
             calls = server.calls[OTHER.name]
             await asyncio.sleep(0.3)
             assert server.calls[OTHER.name] - calls <= 4, "golden pictures, less and less often"
             del server.do[OTHER.name]
-            assert Counter(await asyncio.gather(*waiting)) == {"answered": 10}
+            assert Counter(await asyncio.gather(*item)) == {"answered": 10}
 
     asyncio.run(check())
 
@@ -274,9 +274,9 @@ def test_what_is_lost_with_a_server_is_sent_again_however_much_it_is() -> None:
                 raise TritonError(UNAVAILABLE, "Socket closed")
 
             lost.do[SOUND.name] = goes
-            lane = world.dispatcher._lanes[SOUND.name] = Lane(SOUND.name)
-            knee = lane.knees[world.fleet.replicas[0]]
-            knee._limit, knee._is_learning = 60.0, False  # as it is found where calls cost nothing
+            queue = world.dispatcher._queues[SOUND.name] = ReleaseQueue(SOUND.name)
+            limiter = queue.limiters[world.fleet.replicas[0]]
+            limiter._limit, limiter._is_learning = 60.0, False  # as it is found where calls cost nothing
             asked = [asyncio.create_task(world.ask(SOUND.name)) for _ in range(600)]
             await asyncio.sleep(0.05)
             assert world.fleet.replicas[0].calls * 16 > 300

@@ -16,7 +16,7 @@ import pytest
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway.http.deadline import DEPARTURE, HEADER, Bounded, Departure
+from gateway.http.deadline import DISCONNECT, TIMEOUT_HEADER, Bounded, Disconnect
 from gateway.http.middleware import REFUSAL, RequestContext
 from gateway.metrics import Metrics
 from gateway.problems import Failure
@@ -40,18 +40,18 @@ def is_at_rest(gateway: GatewayProcess) -> bool:
 
 def head(length: int, timeout_ms: int) -> bytes:
     lines = ("POST /v1/predict HTTP/1.1", "Host: x", "Content-Type: image/jpeg", f"Content-Length: {length}")
-    return "\r\n".join([*lines, f"{HEADER}: {timeout_ms}", "", ""]).encode()
+    return "\r\n".join([*lines, f"{TIMEOUT_HEADER}: {timeout_ms}", "", ""]).encode()
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "1e3", "soon", "", "3600001", "99999999", "²"])
 def test_a_timeout_that_is_none_is_refused(client: httpx.Client, jpeg: bytes, value: str) -> None:
-    headers = [(b"Content-Type", b"image/jpeg"), (HEADER.encode(), value.encode())]
+    headers = [(b"Content-Type", b"image/jpeg"), (TIMEOUT_HEADER.encode(), value.encode())]
     assert_problem(client.post("/v1/predict", content=jpeg, headers=headers), "invalid_request")
 
 
 def test_what_cannot_be_met_is_a_typed_error(client: httpx.Client, jpeg: bytes) -> None:
-    assert client.post("/v1/predict", content=jpeg, headers={**IMAGE, HEADER: "30000"}).status_code == 200
-    hopeless = {**IMAGE, HEADER: "2"}
+    assert client.post("/v1/predict", content=jpeg, headers={**IMAGE, TIMEOUT_HEADER: "30000"}).status_code == 200
+    hopeless = {**IMAGE, TIMEOUT_HEADER: "2"}
     answers = [client.post("/v1/predict", content=jpeg, headers=hopeless) for _ in range(50)]
     codes = {answer.json()["code"] for answer in answers}
     # On a busy machine the body itself may take longer; now and then one is let in, and finds that it is so.
@@ -100,13 +100,13 @@ def test_clients_that_leave_cost_triton_nothing(
 @pytest.mark.parametrize("ending", ["client_gone", "deadline_exceeded"])
 def test_work_that_was_ended_leaves_nothing_in_memory(ending: str) -> None:
     """At once, as in `test_a_picture_is_let_go_of_with_its_request`."""
-    departure = Departure()
-    request = Request({"type": "http", "state": {DEPARTURE: departure}})
-    there: weakref.ref[Departure] | None = None
+    departure = Disconnect()
+    request = Request({"type": "http", "state": {DISCONNECT: departure}})
+    there: weakref.ref[Disconnect] | None = None
 
     async def work() -> None:
         nonlocal there
-        picture = Departure()  # anything that can be watched
+        picture = Disconnect()  # anything that can be watched
         there = weakref.ref(picture)
         with Bounded(request, 0.05 if ending == "deadline_exceeded" else None, lambda: Failure(ending, "late")):
             asyncio.get_running_loop().call_later(0.1, departure.happen)
@@ -129,12 +129,12 @@ def test_work_that_was_ended_leaves_nothing_in_memory(ending: str) -> None:
 def test_a_body_that_breaks_off_leaves_nothing_in_memory() -> None:
     """Likewise."""
     scope: Scope = {"type": "http", "method": "POST", "path": "/", "scheme": "http", "headers": [], "state": {}}
-    there: weakref.ref[Departure] | None = None
+    there: weakref.ref[Disconnect] | None = None
     sent: list[Message] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         nonlocal there
-        chunk = Departure()  # anything that can be watched
+        chunk = Disconnect()  # anything that can be watched
         there = weakref.ref(chunk)
         await receive()
 

@@ -16,7 +16,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
-from gateway.problems import PROBLEMS, Kind
+from gateway.problems import PROBLEMS, ProblemType
 
 _STATIC = "static-offline-docs"
 """Where `FastAPIOffline` serves Swagger UI from its package."""
@@ -86,7 +86,7 @@ def errors() -> HTMLResponse:
     return _page("Errors", f"<table>{table}</table>")
 
 
-def again(kind: Kind) -> str:
+def again(kind: ProblemType) -> str:
     """Whether the same request may be sent again, in words."""
     if not kind.retryable:
         return "no"

@@ -9,30 +9,30 @@ from gateway import __version__
 from gateway.api import schemas
 from gateway.problems import PROBLEMS
 from gateway.routing.router import Router
-from gateway.service import Judged, Service
+from gateway.service import Prediction, Service
 from gateway.triton.inventory import Known
 
 CONTRACT = "v1"
 
 
-def timing(judged: Judged, started: float) -> dict[str, float]:
+def timing(prediction: Prediction, started: float) -> dict[str, float]:
     """Where the time of a request went that started then (monotonic seconds): milliseconds, as `schemas.Timing`."""
-    began, prepared, decided, ended = judged.answer.inference.times_ns
-    sent = judged.answer.sent
+    began, prepared, decided, ended = prediction.answer.inference.times_ns
+    sent = prediction.answer.sent
     return {
-        "read": round((judged.began - started) * 1e3, 3),
-        "admit": round((sent - judged.began) * 1e3, 3),
-        "queue": round(max(0.0, (judged.ended - sent) * 1e3 - (ended - began) / 1e6), 3),
+        "read": round((prediction.began - started) * 1e3, 3),
+        "admit": round((sent - prediction.began) * 1e3, 3),
+        "queue": round(max(0.0, (prediction.ended - sent) * 1e3 - (ended - began) / 1e6), 3),
         "preprocess": round((prepared - began) / 1e6, 3),
         "infer": round((decided - prepared) / 1e6, 3),
         "postprocess": round((ended - decided) / 1e6, 3),
-        "total": round((judged.ended - started) * 1e3, 3),
+        "total": round((prediction.ended - started) * 1e3, 3),
     }
 
 
-def prediction(request_id: str, judged: Judged, timing: dict[str, float]) -> schemas.PredictResponse:
+def prediction(request_id: str, prediction: Prediction, timing: dict[str, float]) -> schemas.PredictResponse:
     """The answer to one picture."""
-    answer, inference = judged.answer, judged.answer.inference
+    answer, inference = prediction.answer, prediction.answer.inference
     return schemas.PredictResponse(
         request_id=request_id,
         model_version=answer.release.name,
@@ -40,7 +40,7 @@ def prediction(request_id: str, judged: Judged, timing: dict[str, float]) -> sch
         label=inference.label,
         confidence=_probability(inference.confidence),
         scores=[schemas.Score(label=name, confidence=_probability(p)) for name, p in inference.scores],
-        metadata=judged.metadata,
+        metadata=prediction.metadata,
         timing_ms=schemas.Timing(**timing),
     )
 

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 
-from gateway.dispatch.work import Waiting
+from gateway.dispatch.work import PendingItem
 
 
-class Line:
+class FairQueue:
     """First come, first served for each client; clients take turns. What is put back comes before all others.
 
     Suspects wait apart: the next of them goes when nobody works on another one.
     """
 
     def __init__(self) -> None:
-        self._again: deque[Waiting] = deque()
-        self._suspects: deque[Waiting] = deque()
-        self._by_client: OrderedDict[str, deque[Waiting]] = OrderedDict()
+        self._retried: deque[PendingItem] = deque()
+        self._suspects: deque[PendingItem] = deque()
+        self._by_client: OrderedDict[str, deque[PendingItem]] = OrderedDict()
         self.bytes = 0
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def of(self, client: str) -> int:
+    def queued_by(self, client: str) -> int:
         """How many of a client's requests wait."""
         return len(self._by_client.get(client, ()))
 
@@ -32,66 +32,66 @@ class Line:
         """How many clients wait."""
         return len(self._by_client)
 
-    def add(self, waiting: Waiting) -> None:
+    def add(self, item: PendingItem) -> None:
         """Let one wait."""
-        if waiting.record.is_suspect:  # of another release
-            self._suspects.append(waiting)
+        if item.record.is_suspect:  # of another release
+            self._suspects.append(item)
         else:
-            self._by_client.setdefault(waiting.client, deque()).append(waiting)
+            self._by_client.setdefault(item.client, deque()).append(item)
         self._count += 1
-        self.bytes += len(waiting.picture)
+        self.bytes += len(item.picture)
 
-    def put_back(self, waiting: Waiting) -> None:
+    def put_back(self, item: PendingItem) -> None:
         """Let one wait that was taken already: it is the next."""
-        (self._suspects if waiting.record.is_suspect else self._again).append(waiting)
+        (self._suspects if item.record.is_suspect else self._retried).append(item)
         self._count += 1
-        self.bytes += len(waiting.picture)
+        self.bytes += len(item.picture)
 
-    def remove(self, waiting: Waiting) -> None:
+    def remove(self, item: PendingItem) -> None:
         """Forget one, wherever it waits."""
-        own = self._by_client.get(waiting.client)
-        for queue in (self._again, self._suspects, own):
-            if queue and waiting in queue:
-                queue.remove(waiting)
-                self._left(waiting)
+        own = self._by_client.get(item.client)
+        for queue in (self._retried, self._suspects, own):
+            if queue and item in queue:
+                queue.remove(item)
+                self._left(item)
         if own is not None and not own:
-            del self._by_client[waiting.client]
+            del self._by_client[item.client]
 
-    def last_of_longer(self, client: str) -> Waiting | None:
+    def eviction_candidate(self, client: str) -> PendingItem | None:
         """The last request of the client with the most that wait, should it leave them more than this client has."""
-        longest = max(self._by_client.values(), key=len, default=deque[Waiting]())
-        return longest[-1] if len(longest) > self.of(client) + 1 else None
+        longest = max(self._by_client.values(), key=len, default=deque[PendingItem]())
+        return longest[-1] if len(longest) > self.queued_by(client) + 1 else None
 
-    def everyone(self) -> list[Waiting]:
+    def everyone(self) -> list[PendingItem]:
         """All that wait."""
-        others = (waiting for queue in self._by_client.values() for waiting in queue)
-        return [*self._again, *self._suspects, *others]
+        others = (item for queue in self._by_client.values() for item in queue)
+        return [*self._retried, *self._suspects, *others]
 
-    def last(self) -> Waiting | None:
+    def last(self) -> PendingItem | None:
         """The last request of the client with the most that wait."""
         longest = max(self._by_client.values(), key=len, default=None)
         return longest[-1] if longest else None
 
-    def take_suspect(self) -> Waiting | None:
+    def take_suspect(self) -> PendingItem | None:
         """The next of the suspects, which goes alone; None where there is none."""
         if not self._suspects:
             return None
-        waiting = self._suspects.popleft()
-        self._left(waiting)
-        return waiting
+        item = self._suspects.popleft()
+        self._left(item)
+        return item
 
     def acquit_company(self) -> None:
         """The guilty one was found: acquit those that were suspects because of their company."""
-        for waiting in self._suspects:
-            if not waiting.was_alone:
-                waiting.record.acquit()
+        for item in self._suspects:
+            if not item.was_alone:
+                item.record.acquit()
         self.regroup()
 
     def regroup(self) -> None:
         """Those that are suspects no more go as all others do, and next."""
-        for waiting in [waiting for waiting in self._suspects if not waiting.record.is_suspect]:
-            self._suspects.remove(waiting)
-            self._again.append(waiting)
+        for item in [item for item in self._suspects if not item.record.is_suspect]:
+            self._suspects.remove(item)
+            self._retried.append(item)
 
     @property
     def is_ready(self) -> bool:
@@ -102,21 +102,21 @@ class Line:
         """How many of those that wait, of their mean size, are not larger together; at least one."""
         return max(1, most_bytes * self._count // max(1, self.bytes))
 
-    def take(self, most: int, most_bytes: int) -> list[Waiting]:
+    def take(self, most: int, most_bytes: int) -> list[PendingItem]:
         """The next, and with it what can share its call: not more than so many, and not larger together."""
-        group: list[Waiting] = []
+        group: list[PendingItem] = []
         size = 0
 
-        def fits(waiting: Waiting) -> bool:
+        def fits(item: PendingItem) -> bool:
             if not group:
                 return True
-            is_small = size + len(waiting.picture) <= most_bytes
-            return is_small and not waiting.is_alone and not group[0].is_alone
+            is_small = size + len(item.picture) <= most_bytes
+            return is_small and not item.is_alone and not group[0].is_alone
 
-        while len(group) < most and self._again and fits(self._again[0]):
-            group.append(self._again.popleft())
+        while len(group) < most and self._retried and fits(self._retried[0]):
+            group.append(self._retried.popleft())
             size += len(group[-1].picture)
-        passed_over: list[tuple[str, deque[Waiting]]] = []
+        passed_over: list[tuple[str, deque[PendingItem]]] = []
         while len(group) < most and self._by_client:
             client, queue = self._by_client.popitem(last=False)
             if not fits(queue[0]):
@@ -129,10 +129,10 @@ class Line:
         for client, queue in reversed(passed_over):  # their turn stays: the next group begins with them
             self._by_client[client] = queue
             self._by_client.move_to_end(client, last=False)
-        for waiting in group:
-            self._left(waiting)
+        for item in group:
+            self._left(item)
         return group
 
-    def _left(self, waiting: Waiting) -> None:
+    def _left(self, item: PendingItem) -> None:
         self._count -= 1
-        self.bytes -= len(waiting.picture)
+        self.bytes -= len(item.picture)

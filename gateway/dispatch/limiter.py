@@ -1,6 +1,6 @@
-"""How many calls a Triton gets at once, found from how long they take.
+"""A limit on concurrent calls to one Triton, found from how long they take.
 
-Up to the knee, more calls at once mean more answers a second; beyond it they only wait in Triton's queues, where they
+Up to a point more concurrent calls mean more answers a second. Beyond it they only wait in Triton's queues, where they
 cannot be grouped, put in a fair order or abandoned cheaply. The idea is that of TCP Vegas: of `limit` calls that take
 `slowdown` times as long as beside few others, `limit * (1 - 1 / slowdown)` are waiting. About one keeps the processors
 busy; more would only make the calls smaller, and each has its price. TCP compares with the least time ever seen; where
@@ -35,10 +35,9 @@ _HOPE = 1 / (1 + 2 * _WORTH)
 _SAMPLES = 24
 """Calls that a median is taken of."""
 _RENEW_AFTER = (100, 1600)
-"""After so many times `limit` calls it learns again, with few calls at once: the machine may have changed, or what it
-learnt was not exact. The first, and four times as many each time that it finds what it knew, up to the second. With the
-fewest calls it is always the first, as there it costs nothing, and there a machine that is slower now would keep it;
-unless more were not worth it: trying them costs the slowest answers."""
+"""Relearn, with few concurrent calls, after 100 x limit calls: the machine may have changed. Four times as long, up to
+1600, each time the result is confirmed. At the lowest limit it is always 100, because relearning costs nothing there,
+unless more calls were tried and not worth it."""
 _STALE_AFTER = 10 * _SAMPLES
 """After so many calls what was learnt does not prove any more that more calls than the fewest are not worth it: the
 machine may have become slower meanwhile, so it learns again before it says so."""
@@ -48,7 +47,7 @@ _LARGER = 1.5
 """It learns again, too, where the fewest calls would be so many times as large as any that it learnt from."""
 
 
-class Knee:
+class Limiter:
     """The limit of one replica. Moves only on calls that were made while requests waited: others say nothing."""
 
     def __init__(self) -> None:
@@ -61,7 +60,7 @@ class Knee:
         self._learnt: list[tuple[int, float, float]] = []
         """Of calls beside few others: pictures, seconds, and their cycle."""
         self._cycle = 1.0
-        """From one answer to the next that the same place among the calls at once has, in seconds that a call takes."""
+        """Time between completions of one slot, as a multiple of the duration of a call."""
         self._of_call, self._of_picture = 0.0, 0.0
         """Seconds that a call takes beside few others: these, and for each picture these."""
         self._most = 1

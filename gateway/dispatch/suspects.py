@@ -81,7 +81,7 @@ class Records:
         return record
 
 
-class GivenUp:
+class AbandonedCalls:
     """The calls that were abandoned lately: how they ended nobody heard, and it may have been with a process."""
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from gateway.triton.fleet import Replica
 
 
 @dataclass(frozen=True)
-class Ran:
+class TimedInference:
     """An inference, and when its call was sent (monotonic seconds)."""
 
     inference: Inference
@@ -20,14 +20,14 @@ class Ran:
 
 
 @dataclass(eq=False)
-class Waiting:
+class PendingItem:
     """A picture. `deadline` is in monotonic seconds; `answer` is cancelled where nobody waits for it any more."""
 
     picture: bytes
     request_id: str
     client: str
     deadline: float
-    answer: asyncio.Future[Ran] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    answer: asyncio.Future[TimedInference] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     has_other: bool = False
     """Should the release be down, another one will be asked: there is no point in waiting for it."""
     attempts: int = 0
@@ -45,7 +45,7 @@ class Call:
     """Pictures on their way through one replica."""
 
     replica: Replica
-    group: list[Waiting]
+    group: list[PendingItem]
     had_to_wait: bool
     """There was no room when the first of them came."""
     sent: float = field(default_factory=time.monotonic)
@@ -56,5 +56,5 @@ class Call:
     """When it began to be found out, before a trial, that all processes are alive."""
     is_lost: bool = False
     """Cancelled because of its replica: its pictures go to another one."""
-    is_given_up: bool = False
+    is_abandoned: bool = False
     """Nobody waits for it any more."""

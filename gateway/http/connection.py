@@ -23,7 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from gateway.auth.middleware import is_open
 from gateway.http.coalescing import Joined
-from gateway.http.deadline import DEPARTURE, Departure
+from gateway.http.deadline import DISCONNECT, Disconnect
 from gateway.http.draining import Draining
 from gateway.http.middleware import REFUSAL
 from gateway.metrics import Metrics
@@ -120,7 +120,7 @@ class Connection(HttpToolsProtocol):
         self._lingers_until: float | None = None
         self._fault = _UNREADABLE
         self._pieces = self._piece_bytes = 0  # of bodies, in what was read last
-        self._departure = Departure()
+        self._departure = Disconnect()
         self._idle_since = self.loop.time()
         self._is_one_too_many = False
 
@@ -173,7 +173,7 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_AHEAD:
             self._stop(f"more than {MAX_AHEAD} requests are sent ahead")
         super().on_message_begin()
-        self.scope["state"][DEPARTURE] = self._departure
+        self.scope["state"][DISCONNECT] = self._departure
         self._has_begun = True
 
     def on_header(self, name: bytes, value: bytes) -> None:

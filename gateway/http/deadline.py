@@ -13,7 +13,7 @@ from gateway.problems import Failure
 from gateway.settings import Settings
 
 TIMEOUT_HEADER = "X-Timeout-Ms"
-DEPARTURE = "departure"
+DISCONNECT = "departure"
 """Where in a request's state its connection leaves a `Departure` (connection.py)."""
 
 TIMEOUT_PARAMETER = {
@@ -42,7 +42,7 @@ def deadline_of(request: Request, settings: Settings) -> float:
     return float(request.state.started) + min(int(text) / 1000, settings.max_deadline_s)
 
 
-class Departure:
+class Disconnect:
     """Whether the client of a connection has left, and who wants to know at once."""
 
     def __init__(self) -> None:
@@ -76,12 +76,12 @@ class Bounded:
         late: Callable[[], Failure] | None = None,
         more: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        self._departure: Departure = request.scope["state"][DEPARTURE]
+        self._departure: Disconnect = request.scope["state"][DISCONNECT]
         self._seconds, self._late, self._more = seconds, late, more
         self._timer: asyncio.TimerHandle | None = None
         self._why: Callable[[], Failure] | None = None
-        """Makes the failure that the block ended with. A failure kept here would be part of a circle: with it comes
-        where it was raised, with the variables there, and so the picture."""
+        """Makes the failure that the block ended with. A failure that was kept here would be part of a reference cycle: it
+        holds the traceback, with the variables of each frame, and so the picture."""
 
     def __enter__(self) -> Bounded:
         """Begin the block."""

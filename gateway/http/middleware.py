@@ -93,7 +93,9 @@ class RequestContext:
             await send(message)
 
         def refuse_if_broken() -> None:
-            if REFUSAL in state:  # taken out: kept there, it would be part of a circle, as in `budget.Bounded`
+            if (
+                REFUSAL in state
+            ):  # taken out: kept there, it would be part of a reference cycle, as in `deadline.Bounded`
                 raise state.pop(REFUSAL)
 
         async def receive_unless_broken() -> Message:

@@ -35,11 +35,11 @@ _PROBE_EVERY_S, _PROBE_SELDOM_S = 0.1, 1.0
 """A golden picture is sent again after so long: the first, and twice as long each time, up to the second."""
 _PROBE_TIMEOUT_S = 5.0
 _MISSES = 2
-"""So many questions in a row have to stay unanswered before a server is lost. After the first, what is new goes to
-others: a server that is late only is spared, and its calls go on."""
+"""A server is lost after this many unanswered questions in a row. After the first one new calls go to other servers,
+and those in flight go on: it may only be late."""
 _RESOLVE_EVERY_S = 5.0
-_SHUN_S, _SHUN_MOST_S = 1.0, 60.0
-"""After a fault the other replicas come first for so long; twice as long after each that follows soon."""
+_DEPRIORITISED_S, _DEPRIORITISED_MOST_S = 1.0, 60.0
+"""A replica is deprioritised for 1 s after a fault, doubling with each fault that follows soon, up to 60 s."""
 logger = logging.getLogger("gateway.fleet")
 
 
@@ -65,10 +65,10 @@ class Suspicion:
         self.at_once.set()
 
 
-class Shunned:
-    """After a fault others come first for a while: it failed lately, and may do so again.
+class Deprioritised:
+    """Whether other replicas are preferred for a while, because this one failed lately and may do so again.
 
-    Where one of a step's processes died, the others answer, as a golden picture shows, and every other call fails.
+    While one of a step's processes is dead, the others answer the golden picture, and every other call fails.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Shunned:
         """It failed."""
         now = time.monotonic()
         is_again = now < self._until + self._seconds
-        self._seconds = min(_SHUN_MOST_S, 2 * self._seconds) if is_again else _SHUN_S
+        self._seconds = min(_DEPRIORITISED_MOST_S, 2 * self._seconds) if is_again else _DEPRIORITISED_S
         self._until = now + self._seconds
 
 
@@ -106,7 +106,7 @@ class Replica:
         self.deaths = Deaths()
         self.suspicions: dict[str, Suspicion] = {}
         """By release, those that get no calls here."""
-        self._shunned: dict[str, Shunned] = {}
+        self._deprioritised: dict[str, Deprioritised] = {}
         """By release; the server itself has no name."""
         self._stumbles: Counter[str] = Counter()
         """By release, the dead processes that were met with since something was answered."""
@@ -123,9 +123,9 @@ class Replica:
         """Whether it can be reached."""
         return self.releases.triton_version is not None
 
-    def is_shunned(self, release: str) -> bool:
+    def is_deprioritised(self, release: str) -> bool:
         """Whether it is asked for a release only where the others have no room."""
-        return any(self._shunned.get(what) for what in ("", release))
+        return any(self._deprioritised.get(what) for what in ("", release))
 
     def serves(self, release: str) -> bool:
         """Whether the release is there and answered its golden pictures, whatever happened to it since."""
@@ -143,16 +143,16 @@ class Replica:
         It is suspected when that happens again before anything was answered.
         """
         self._stumbles[release] += 1
-        self._shun(release)
+        self._deprioritise(release)
         if self._stumbles[release] > 1:
-            self.suspect(release, reason)
+            self.mark_unhealthy(release, reason)
 
     def answered(self, release: str) -> None:
         """A call of the release was answered."""
         if self._stumbles:
             del self._stumbles[release]
 
-    def suspect(self, release: str, reason: str) -> None:
+    def mark_unhealthy(self, release: str, reason: str) -> None:
         """A call of the release failed because of this server: give it nothing until it answers again."""
         if release in self.suspicions:
             return
@@ -160,7 +160,7 @@ class Replica:
             "release suspected", extra={"fields": {"replica": self.url, "release": release, "reason": reason}}
         )
         self._doubt(release, reason)
-        self._shun(release)
+        self._deprioritise(release)
         self._on_change()
 
     def ask_now(self) -> None:
@@ -175,7 +175,7 @@ class Replica:
         self.releases.triton_version, self.fault = None, reason
         self.has_joined = self.is_late = False
         self._misses, self._away_s = 0, _PROBE_EVERY_S  # it may be back soon
-        self._shun("")
+        self._deprioritise("")
         for release in self.releases.active():
             if release.name not in self.suspicions:
                 self._doubt(release.name, reason)
@@ -256,8 +256,8 @@ class Replica:
         else:
             self.lose(str(error))
 
-    def _shun(self, what: str) -> None:
-        self._shunned.setdefault(what, Shunned()).fault()
+    def _deprioritise(self, what: str) -> None:
+        self._deprioritised.setdefault(what, Deprioritised()).fault()
 
     def _doubt(self, release: str, reason: str) -> None:
         suspicion = self.suspicions[release] = Suspicion(release, reason, time.monotonic())
@@ -265,7 +265,7 @@ class Replica:
         self._remind()
 
     def _remind(self) -> None:
-        """Who waits once patience is over has waited long enough."""
+        """Have requests that still wait once the outage wait is over refused."""
         asyncio.get_running_loop().call_later(self._settings.patience_s, self._on_change)
 
     async def _try(self, suspicion: Suspicion) -> bool:
@@ -326,7 +326,7 @@ class Fleet:
         """Those that can be reached."""
         return [replica for replica in self.replicas if replica.is_available]
 
-    def having(self, release: str) -> list[Replica]:
+    def replicas_for(self, release: str) -> list[Replica]:
         """The replicas that can be asked for a release; empty: wait, it failed or they were lost only a moment ago.
 
         Raises:
