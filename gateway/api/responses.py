@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 import contract
 from gateway import __version__
 from gateway.api import schemas
 from gateway.problems import PROBLEMS
-from gateway.routing.router import Router
-from gateway.service import Prediction, Service
-from gateway.triton.inventory import Known
+
+if TYPE_CHECKING:  # what is shown
+    from gateway.routing.router import Router
+    from gateway.service import Prediction, Service
+    from gateway.triton.inventory import Known
 
 CONTRACT = "v1"
 

@@ -80,8 +80,8 @@ class Bounded:
         self._seconds, self._late, self._more = seconds, late, more
         self._timer: asyncio.TimerHandle | None = None
         self._why: Callable[[], Failure] | None = None
-        """Makes the failure that the block ended with. A failure that was kept here would be part of a reference cycle: it
-        holds the traceback, with the variables of each frame, and so the picture."""
+        """Makes the failure that the block ended with. A failure that was kept here would be part of a reference cycle:
+        it holds the traceback, with the variables of each frame, and so the picture."""
 
     def __enter__(self) -> Bounded:
         """Begin the block."""
