@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 from export import config
-from export.repository import Candidate, Repository
+from export.candidate import Candidate
+from export.repository import Repository
 from export.steps import Step
 from triton_runtime.stack import ROOT
 

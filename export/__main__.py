@@ -11,10 +11,11 @@ from pathlib import Path
 from rich.console import Console
 
 import contract
-from export import candidate, diff, doctor, graph, links, release, retire, status, watch
+from export import build, diff, doctor, graph, links, publish, retire, status, watch
+from export.candidate import Candidate
 from export.exam import Report
-from export.release import Refused
-from export.repository import Candidate, Repository, RepositoryError
+from export.publish import Refused
+from export.repository import Repository, RepositoryError
 from export.spec import Spec
 
 _EPILOG = """examples:
@@ -54,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     target.add_argument("--to", type=Path, metavar="FILE", help="write the ONNX file here, and publish nothing")
     target.add_argument("--if-missing", action="store_true", help="do nothing where the newest release is complete")
     target.add_argument("--force", action="store_true", help="overrule agreement, accuracy and cost in the exam")
-    release.add_options(parse)
+    publish.add_options(parse)
     parse.set_defaults(default_checkpoint=root / "checkpoints" / "defect")
     return parse
 
@@ -80,7 +81,7 @@ def _run(arguments: list[str]) -> int:
     commands = {
         "diff": diff.main,
         "doctor": doctor.main,
-        "release": release.main,
+        "release": publish.main,
         "retire": retire.main,
         "status": status.main,
         "watch": watch.main,
@@ -99,10 +100,10 @@ def _run(arguments: list[str]) -> int:
     if not contract.PIPELINE_NAME.fullmatch(options.pipeline):
         parse.error("--pipeline must be lower-case letters, digits and _, starting with a letter")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    report = release.reporter(console)
+    report = publish.reporter(console)
 
     try:
-        examiner = release.examiner_of(options)
+        examiner = publish.examiner_of(options)
         repository = examiner.repository
         for pipeline in repository.pipelines():
             try:
@@ -118,8 +119,8 @@ def _run(arguments: list[str]) -> int:
             options.to.write_bytes(built.steps["classifier"].files["model.onnx"])
             print(options.to)
             return 0
-        published = release.until_current(lambda: examiner.release(_built(options, repository, report), report), report)
-    except (candidate.ExportError, graph.GraphError, Refused, RepositoryError, ValueError, OSError) as error:
+        published = publish.until_current(lambda: examiner.publish(_built(options, repository, report), report), report)
+    except (build.ExportError, graph.GraphError, Refused, RepositoryError, ValueError, OSError) as error:
         console.print(f"not exported: {error}", style="red", markup=False)
         return 1
 
@@ -135,20 +136,20 @@ def _built(options: argparse.Namespace, repository: Repository, report: Report) 
     """The candidate that the options describe, with the code of the newest release's other steps."""
     if options.onnx:
         if not options.onnx.exists():  # before the spec is read: it is the first thing that was asked for
-            raise candidate.ExportError(f"{options.onnx} is missing")
-        built = candidate.from_onnx(options.onnx, Spec.read(options.spec), repository, report)
+            raise build.ExportError(f"{options.onnx} is missing")
+        built = build.from_onnx(options.onnx, Spec.read(options.spec), repository, report)
     else:
         folder = options.checkpoint or options.default_checkpoint
-        built = candidate.from_checkpoint(folder, options.pipeline, repository, report)
+        built = build.from_checkpoint(folder, options.pipeline, repository, report)
     # Imported where they are needed: what is behind them takes most of a second, also of `status` and `watch`.
     if options.calibration:
         from export import quantize
 
         built = quantize.int8(built, options.calibration, report)
     if options.precision == "fp16":
-        from export import half
+        from export import fp16
 
-        built = half.fp16(built, options.data or options.golden, report)
+        built = fp16.convert(built, options.data or options.golden, report)
     return built
 
 

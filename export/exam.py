@@ -1,7 +1,7 @@
 """The exam: whether a candidate pipeline may be published, decided before Triton can see it.
 
-What runs the candidate is `export.examinee`, in a process with limits of its own. Here are the rules, the look at the
-files, and the verdict.
+What runs the candidate is `export.exam_worker`, in a process with limits of its own. Here are the rules, the look at
+the files, and the verdict.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field
 import contract
 from contract.tables import Table
 from export import bounded, rights
-from export.examinee import CHECKS, REQUIRED, Check, Job
+from export.exam_worker import CHECKS, REQUIRED, Check, Job
 from export.steps import VERDICT, NoModel, Step, is_hidden, is_picture
 
 ROOT = Path(__file__).resolve().parent
@@ -96,14 +96,14 @@ class Verdict(BaseModel):
 
 
 class Recorded(BaseModel):
-    """What an examinee measured: the golden answers as of `contract.Golden.to_json`, by picture, and figures."""
+    """What the worker measured: the golden answers as of `contract.Golden.to_json`, by picture, and figures."""
 
     golden: dict[str, dict[str, Any]] = {}
     evaluation: dict[str, Any] = {}
 
 
 class _Message(BaseModel):
-    """A line of the examinee: one of these."""
+    """A line of the worker: one of these."""
 
     begin: str | None = None
     progress: str | None = None
@@ -259,7 +259,7 @@ def _job(subject: Subject, rules: Rules) -> Job:
 
 
 class _Protocol:
-    """Takes what the examinee writes, line by line. It is believed as long as it keeps to the order of `CHECKS`."""
+    """Takes what the worker writes, line by line. It is believed as long as it keeps to the order of `CHECKS`."""
 
     def __init__(self, job: Job, add: Callable[[Check], None], report: Report) -> None:
         self._add, self._report = add, report
@@ -272,7 +272,7 @@ class _Protocol:
 
     @property
     def lacking(self) -> str:
-        """What an examinee that ended in order should have said and did not."""
+        """What a worker that ended in order should have said and did not."""
         if self._given_up or self.recorded:
             return ""
         return f"without a word on {self._left[0]}" if self._left else "without a record of its answers"
@@ -324,7 +324,7 @@ def _run(
     """Run the job in a process with limits; the check that it dies in is the one that it did not pass."""
     protocol = _Protocol(job, add, report)
     ending = bounded.run(
-        [sys.executable, "-m", "export.examinee"],
+        [sys.executable, "-m", "export.exam_worker"],
         job.model_dump_json().encode(),
         rules.timeout_s,
         protocol.take,

@@ -13,8 +13,8 @@ from pathlib import Path
 import contract
 from export import exam
 from export.exam import Verdict
-from export.examinee import Check
-from export.release import write_verdict
+from export.exam_worker import Check
+from export.publish import write_verdict
 from export.repository import Repository
 
 

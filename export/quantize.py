@@ -19,8 +19,8 @@ from onnx import ModelProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
 from export import graph
-from export.candidate import ExportError, Report
-from export.repository import Candidate
+from export.build import ExportError, Report
+from export.candidate import Candidate
 from export.steps import Step, is_picture, load_module
 
 MIN_PICTURES, MAX_PICTURES = 8, 256

@@ -12,10 +12,9 @@ import errno
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from tritonclient.grpc import model_config_pb2 as pb
 
@@ -23,6 +22,7 @@ import contract
 from contract import Manifest, StepPin
 from export import config, rights
 from export.atomic import Staging
+from export.candidate import Candidate
 from export.steps import NoModel, Step
 
 
@@ -40,28 +40,6 @@ def told(error: Exception) -> str:
 
 class Overtaken(RepositoryError):
     """A release came or went since a candidate was put together: what it takes from the newest one is out of date."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A pipeline that could be published: `size` is the classifier's input side in pixels.
-
-    `numbers` are the versions that hold a step's content already; the other steps get one. What the exam found
-    (`exam`, `golden`, `tolerance`: see `contract.Manifest`) is there once it was passed. `base` is the release that it
-    takes other steps or their code from ("": there was none; None: it takes nothing).
-    """
-
-    pipeline: str
-    labels: tuple[str, ...]
-    size: int
-    steps: Mapping[str, Step]
-    built_from: str
-    evaluation: Mapping[str, Any]
-    numbers: Mapping[str, int] = field(default_factory=dict)
-    exam: Mapping[str, Any] = field(default_factory=dict)
-    golden: tuple[contract.Golden, ...] = ()
-    tolerance: float = 0.0
-    base: str | None = None
 
 
 @dataclass(frozen=True)

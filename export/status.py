@@ -9,7 +9,7 @@ from rich.table import Table
 
 import contract
 from contract.routing import LATEST, Routing
-from export import release as releasing
+from export import publish
 from export.printing import wide_console
 from export.repository import Repository, told
 from export.retire import ROUTING, read_routing
@@ -51,7 +51,7 @@ def unpinned(repository: Repository, pipeline: str) -> dict[Path, str]:
             folder = repository.step_folder(pipeline, step, version)
             if owners:
                 found[folder] = f"of {', '.join(owners)}, which is not there any more"
-            elif (verdict := releasing.verdict_of(folder)) and verdict.is_open:
+            elif (verdict := publish.verdict_of(folder)) and verdict.is_open:
                 found[folder] = f"dropped, in an exam since {verdict.at}"
             elif verdict:
                 found[folder] = f"refused at {verdict.at}: {verdict.cause}"

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import contract
-from export import exam, links, release, rights
+from export import exam, links, publish, rights
 from export.exam import Report
-from export.release import Examiner, Refused, Withdrawn
+from export.publish import Examiner, Refused, Withdrawn
 from export.repository import Repository, holds_config, is_version, told
 
 _EPILOG = """Writes a JSON object a line: what was seen, each check of an exam, what was published or refused and why.
@@ -171,7 +171,7 @@ class Watcher:
         if self._judged.get(drop) == state:
             return False
         if drop not in self._seen or self._seen[drop][0] != state:
-            verdict = release.verdict_of(folder)
+            verdict = publish.verdict_of(folder)
             if verdict and verdict.seen == state and not verdict.is_open:  # since before a restart
                 if verdict.deaths:  # nobody lived to say it
                     self._event("refused", drop=drop.name, cause=verdict.cause)
@@ -200,7 +200,7 @@ class Watcher:
         # Tried again after a while, unless something else happens to it: a full disk is not the drop's fault.
         self._seen[drop] = (state, time.monotonic() + _RETRY_S)
         try:
-            published = self.examiner.release_drop(drop.pipeline, {drop.step: drop.number}, report)
+            published = self.examiner.publish_drop(drop.pipeline, {drop.step: drop.number}, report)
         except Withdrawn:
             pass  # which the next look says
         except Refused as refusal:
@@ -255,12 +255,12 @@ def main(arguments: list[str] | None = None) -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    release.add_options(parse)
+    publish.add_options(parse)
     parse.add_argument("--settle-s", type=float, default=3.0, metavar="S", help="unchanged for this long (default: 3)")
     parse.add_argument("--every-s", type=float, default=1.0, metavar="S", help="how often to look (default: 1)")
     options = parse.parse_args(arguments)
     try:
-        examiner = release.examiner_of(options)
+        examiner = publish.examiner_of(options)
     except (ValueError, OSError) as error:
         print(f"watch: {error}", file=sys.stderr)
         return 1

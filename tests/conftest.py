@@ -16,11 +16,11 @@ import onnx
 import psutil
 import pytest
 
-from export import candidate
+from export import build
 from export.__main__ import main as export_main
 from export.config import Serving
 from export.exam import Rules
-from export.release import Examiner
+from export.publish import Examiner
 from export.repository import Repository
 from tests import drops
 from tests.offline import Offline
@@ -169,8 +169,8 @@ def tiny_only(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     root = Path(shutil.copytree(pristine, folder / "model_repository"))
     onnx.save(drops.network(0.0), folder / "tiny.onnx")
-    built = candidate.from_onnx(folder / "tiny.onnx", drops.SPEC, Repository(root), lambda _: None)
-    Examiner(Repository(root), Serving.read(ROOT / "export/serving.toml"), Rules(nice=0)).release(built, lambda _: None)
+    built = build.from_onnx(folder / "tiny.onnx", drops.SPEC, Repository(root), lambda _: None)
+    Examiner(Repository(root), Serving.read(ROOT / "export/serving.toml"), Rules(nice=0)).publish(built, lambda _: None)
     for path in root.glob("defect*"):
         shutil.rmtree(path)
     return root

@@ -25,7 +25,7 @@ import tritonclient.grpc as triton_grpc
 from export import config, doctor, exam
 from export.__main__ import main
 from export.exam import Rules, Verdict
-from export.release import Examiner, verdict_of
+from export.publish import Examiner, verdict_of
 from export.repository import RECORD, Repository
 from export.steps import VERDICT
 from export.watch import Watcher
@@ -453,7 +453,7 @@ def test_another_pipelines_golden_pictures_are_no_judge_of_agreement(tiny: Repos
     folder.mkdir()
     drops.BROKEN["swapped outputs"].make(folder)
     said: list[str] = []
-    Examiner(tiny, SERVING, Rules(nice=0)).release_drop("tiny", {"classifier": 2}, said.append)
+    Examiner(tiny, SERVING, Rules(nice=0)).publish_drop("tiny", {"classifier": 2}, said.append)
     assert any(
         line.startswith("ok  agreement: not judged: the golden pictures are another pipeline's") for line in said
     )

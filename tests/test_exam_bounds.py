@@ -12,7 +12,7 @@ import pytest
 from export import bounded
 from export.config import Serving
 from export.exam import Rules
-from export.release import Examiner, Refused
+from export.publish import Examiner, Refused
 from export.repository import Repository
 from tests import drops
 from tests.conftest import ROOT, wait_for
@@ -39,7 +39,7 @@ def examine(repository: Repository, timeout_s: float = 60, *, force: bool = Fals
     """The name of the release, or why there is none."""
     examiner = Examiner(repository, SERVING, Rules(timeout_s=timeout_s, nice=0), force=force)
     try:
-        return examiner.release_drop("tiny", {"preprocess": 2}, lambda _: None).manifest.name
+        return examiner.publish_drop("tiny", {"preprocess": 2}, lambda _: None).manifest.name
     except Refused as refusal:
         return str(refusal)
 

@@ -20,10 +20,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file
 
-from export import candidate, config, graph, reference
+from export import build, config, graph, reference
 from export.__main__ import main
+from export.candidate import Candidate
 from export.config import Serving
-from export.repository import RECORD, Candidate, Repository, RepositoryError
+from export.repository import RECORD, Repository, RepositoryError
 from export.spec import Spec
 from export.steps import Step, load_module
 from tests.conftest import EXAMPLES, ROOT
@@ -137,7 +138,7 @@ def test_what_git_tracks_is_what_the_export_writes(pristine: Path) -> None:
 @pytest.fixture(scope="module")
 def built(pristine: Path) -> Candidate:
     """What this checkout would publish."""
-    return candidate.from_checkpoint(CHECKPOINT, "defect", Repository(pristine), lambda _: None)
+    return build.from_checkpoint(CHECKPOINT, "defect", Repository(pristine), lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +339,7 @@ def test_a_users_graph_is_wrapped_to_the_same_signature(layout: str, kind: int, 
     fitting = spec(
         input={"layout": layout}, output={"kind": "probabilities" if softmax else "logits", "temperature": 1.5}
     )
-    pixels = candidate.sample_pixels(32)
+    pixels = build.sample_pixels(32)
     wrapped = graph.from_onnx(user, fitting)
     got, digest = run(wrapped, pixels)
     assert np.abs(got - reference.onnx_probabilities(user, fitting, pixels)).max() < (5e-3 if kind == 10 else 1e-5)
@@ -367,8 +368,8 @@ def test_a_graph_that_does_not_fit_its_spec_is_refused(user: dict, options: dict
 def test_logits_declared_as_probabilities_are_caught(repository: Path, tmp_path: Path) -> None:
     onnx.save(user_model(), tmp_path / "fruit.onnx")
     declared = spec(output={"kind": "probabilities"})
-    with pytest.raises(candidate.ExportError, match=r"output\.kind"):
-        candidate.from_onnx(tmp_path / "fruit.onnx", declared, Repository(repository), lambda _: None)
+    with pytest.raises(build.ExportError, match=r"output\.kind"):
+        build.from_onnx(tmp_path / "fruit.onnx", declared, Repository(repository), lambda _: None)
 
 
 def test_missing_external_weights_are_named(repository: Path, tmp_path: Path) -> None:
@@ -376,8 +377,8 @@ def test_missing_external_weights_are_named(repository: Path, tmp_path: Path) ->
         user_model(), tmp_path / "fruit.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0
     )
     (tmp_path / "weights.bin").unlink()
-    with pytest.raises(candidate.ExportError, match=r"missing|not a complete ONNX"):
-        candidate.from_onnx(tmp_path / "fruit.onnx", spec(), Repository(repository), lambda _: None)
+    with pytest.raises(build.ExportError, match=r"missing|not a complete ONNX"):
+        build.from_onnx(tmp_path / "fruit.onnx", spec(), Repository(repository), lambda _: None)
 
 
 @pytest.mark.parametrize(

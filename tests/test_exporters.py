@@ -10,7 +10,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
-from export import candidate, graph, half, reference
+from export import build, fp16, graph, reference
 from export.__main__ import main
 from export.repository import Repository
 from export.spec import Spec
@@ -99,7 +99,7 @@ def export(model: ModelProto, described: Spec, folder: Path) -> ModelProto:
     """The classifier, after the comparison with the graph as it came."""
     onnx.save(model, folder / "user.onnx")
     repository = Repository(ROOT / "model_repository")
-    built = candidate.from_onnx(folder / "user.onnx", described, repository, lambda _: None)
+    built = build.from_onnx(folder / "user.onnx", described, repository, lambda _: None)
     return onnx.load_from_string(built.steps["classifier"].files["model.onnx"])
 
 
@@ -122,7 +122,7 @@ FORMS: dict[str, dict] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_what_exporters_write_is_exported_with_the_same_numbers(form: str, tmp_path: Path) -> None:
     wrapped = export(network(**FORMS[form]), spec(), tmp_path)
-    pixels = candidate.sample_pixels(SIZE)
+    pixels = build.sample_pixels(SIZE)
     expected = reference.onnx_probabilities(network(), spec(), pixels)
     assert np.abs(run(wrapped, pixels)[0] - expected).max() < 1e-4
     assert graph.MAX_IR_VERSION >= wrapped.ir_version >= 4
@@ -131,11 +131,9 @@ def test_what_exporters_write_is_exported_with_the_same_numbers(form: str, tmp_p
 def test_half_precision_is_compared_with_what_it_rounds(tmp_path: Path) -> None:
     for kind, tail in (("logits", ()), ("probabilities", ("Softmax",))):
         wrapped = export(network(kind=TensorProto.FLOAT16, tail=tail), spec(kind=kind), tmp_path)
-        got = run(wrapped, candidate.sample_pixels(SIZE))[0]
+        got = run(wrapped, build.sample_pixels(SIZE))[0]
         assert (
-            np.abs(
-                got - run(export(network(tail=tail), spec(kind=kind), tmp_path), candidate.sample_pixels(SIZE))[0]
-            ).max()
+            np.abs(got - run(export(network(tail=tail), spec(kind=kind), tmp_path), build.sample_pixels(SIZE))[0]).max()
             < 0.02
         )
         assert np.abs(got.sum(axis=1) - 1).max() < 1e-6
@@ -144,13 +142,13 @@ def test_half_precision_is_compared_with_what_it_rounds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tail", [("Sigmoid",), ()])
 def test_one_value_is_that_of_the_second_of_two_labels(tail: tuple[str, ...], tmp_path: Path) -> None:
     kind = "probabilities" if tail else "logits"
-    pixels = candidate.sample_pixels(SIZE)
+    pixels = build.sample_pixels(SIZE)
     got = run(export(network(1, tail=tail), spec(2, kind), tmp_path), pixels)[0]
     raw = reference.onnx_outputs(network(1, tail=("Sigmoid",)), spec(2), pixels)[:, 0]
     assert got.shape == (4, 2)
     assert np.abs(got[:, 1] - raw).max() < 1e-5
     assert np.abs(got.sum(axis=1) - 1).max() < 1e-6
-    halved = half._convert(graph.unseal(export(network(1, tail=tail), spec(2, kind), tmp_path)))
+    halved = fp16._convert(graph.unseal(export(network(1, tail=tail), spec(2, kind), tmp_path)))
     assert np.abs(run(graph.seal(halved), pixels)[0] - got).max() < 0.02
 
 
@@ -161,19 +159,19 @@ def test_one_value_cannot_tell_three_labels_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tail", [("Softmax",), ("Softmax", "Identity"), ("Sigmoid",)])
 def test_probabilities_are_not_taken_for_logits(tail: tuple[str, ...], tmp_path: Path) -> None:
-    with pytest.raises(candidate.ExportError, match=r"probabilities already .*set output\.kind to 'probabilities'"):
+    with pytest.raises(build.ExportError, match=r"probabilities already .*set output\.kind to 'probabilities'"):
         export(network(tail=tail), spec(), tmp_path)
 
 
 def test_a_logarithm_of_probabilities_is_as_good_as_logits(tmp_path: Path) -> None:
-    pixels = candidate.sample_pixels(SIZE)
+    pixels = build.sample_pixels(SIZE)
     got = run(export(network(tail=("LogSoftmax",)), spec(), tmp_path), pixels)[0]
     assert np.abs(got - reference.onnx_probabilities(network(), spec(), pixels)).max() < 1e-5
 
 
 @pytest.mark.parametrize("tail", [(), ("Sigmoid",)])
 def test_what_does_not_sum_to_one_is_no_probabilities(tail: tuple[str, ...], tmp_path: Path) -> None:
-    with pytest.raises(candidate.ExportError, match="not probabilities"):
+    with pytest.raises(build.ExportError, match="not probabilities"):
         export(network(tail=tail), spec(kind="probabilities"), tmp_path)
 
 
@@ -192,11 +190,11 @@ def quantized(model: ModelProto, scale: float) -> ModelProto:
 def test_a_quantized_softmax_sums_to_one_in_the_release(tmp_path: Path) -> None:
     described = spec(kind="probabilities")
     user = quantized(network(tail=("Softmax",)), 0.00712)
-    pixels = candidate.sample_pixels(SIZE)
+    pixels = build.sample_pixels(SIZE)
     assert np.abs(reference.onnx_outputs(user, described, pixels).sum(axis=1) - 1).max() > 1e-3
     wrapped = export(user, described, tmp_path)
     assert np.abs(run(wrapped, pixels)[0].sum(axis=1) - 1).max() < 1e-6
-    with pytest.raises(candidate.ExportError, match="not probabilities"):
+    with pytest.raises(build.ExportError, match="not probabilities"):
         export(quantized(network(tail=("Sigmoid",)), 1 / 255), described, tmp_path)
 
 
@@ -214,7 +212,7 @@ def test_one_channel_is_grey_as_pillow_has_it(layout: str, tmp_path: Path) -> No
 
 
 def test_channels_may_be_turned_round(tmp_path: Path) -> None:
-    pixels = candidate.sample_pixels(SIZE)
+    pixels = build.sample_pixels(SIZE)
     turned = run(export(network(), spec(channels="BGR"), tmp_path), pixels[..., ::-1].copy())[0]
     assert np.abs(turned - run(export(network(), spec(), tmp_path), pixels)[0]).max() < 1e-6
 

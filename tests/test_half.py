@@ -9,10 +9,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export import candidate, exam, graph, half
+from export import build, exam, fp16, graph
 from export.__main__ import main
+from export.candidate import Candidate
 from export.quantize import prepare, probabilities
-from export.repository import Candidate, Repository
+from export.repository import Repository
 from export.steps import is_picture
 from tests import drops
 from tests.test_export import CHECKPOINT
@@ -21,12 +22,12 @@ from tests.test_quantize import model_of
 
 @pytest.fixture(scope="module")
 def original(pristine: Path) -> Candidate:
-    return candidate.from_checkpoint(CHECKPOINT, "defect", Repository(pristine), lambda _: None)
+    return build.from_checkpoint(CHECKPOINT, "defect", Repository(pristine), lambda _: None)
 
 
 @pytest.fixture(scope="module")
 def halved(original: Candidate) -> Candidate:
-    return half.fp16(original, exam.GOLDEN, lambda _: None)
+    return fp16.convert(original, exam.GOLDEN, lambda _: None)
 
 
 def test_the_signature_stays_and_the_digest_is_its_own(original: Candidate, halved: Candidate) -> None:
@@ -71,7 +72,7 @@ def test_a_halved_release_is_published_beside_the_original(
 ) -> None:
     command = ["--repository", str(repository), "--precision", "fp16"]
     assert main(command) == 0
-    assert half._GPU.exists() or "slower than fp32" in capsys.readouterr().err
+    assert fp16._GPU.exists() or "slower than fp32" in capsys.readouterr().err
     first, second = Repository(repository).releases("defect")
     assert {step for step in first.steps if first.steps[step] != second.steps[step]} == {"classifier"}
     assert second.evaluation["precision"] == "fp16"
@@ -94,12 +95,12 @@ def test_the_cost_of_a_halved_drop_is_not_judged_either(halved: Candidate, repos
 
 def own_model(pristine: Path, folder: Path, network: onnx.ModelProto) -> Candidate:
     onnx.save(network, folder / "own.onnx")
-    return candidate.from_onnx(folder / "own.onnx", drops.SPEC, Repository(pristine), lambda _: None)
+    return build.from_onnx(folder / "own.onnx", drops.SPEC, Repository(pristine), lambda _: None)
 
 
 def test_a_model_of_ones_own_can_be_halved(pristine: Path, tmp_path: Path) -> None:
     own = own_model(pristine, tmp_path, drops.network())
-    assert half.fp16(own, exam.GOLDEN, lambda _: None).evaluation["agreement_with_fp32"] == 1.0
+    assert fp16.convert(own, exam.GOLDEN, lambda _: None).evaluation["agreement_with_fp32"] == 1.0
 
 
 def test_numbers_that_do_not_fit_are_refused(pristine: Path, tmp_path: Path) -> None:
@@ -111,10 +112,10 @@ def test_numbers_that_do_not_fit_are_refused(pristine: Path, tmp_path: Path) -> 
     del network.graph.node[:]
     network.graph.node.extend([mean, product, there, back, add])
     network.graph.initializer.append(numpy_helper.from_array(np.float32([6e4]), "large"))
-    with pytest.raises(candidate.ExportError, match="fp16 ends at 65504"):
-        half.fp16(own_model(pristine, tmp_path, network), exam.GOLDEN, lambda _: None)
+    with pytest.raises(build.ExportError, match="fp16 ends at 65504"):
+        fp16.convert(own_model(pristine, tmp_path, network), exam.GOLDEN, lambda _: None)
 
 
 def test_without_pictures_there_is_nothing_to_compare(original: Candidate, tmp_path: Path) -> None:
-    with pytest.raises(candidate.ExportError, match="holds 0 pictures"):
-        half.fp16(original, tmp_path, lambda _: None)
+    with pytest.raises(build.ExportError, match="holds 0 pictures"):
+        fp16.convert(original, tmp_path, lambda _: None)

@@ -14,10 +14,10 @@ from pathlib import Path
 import onnx
 import pytest
 
-from export import release
+from export import publish
 from export.__main__ import main
 from export.exam import Rules
-from export.release import Examiner, Refused
+from export.publish import Examiner, Refused
 from export.repository import Overtaken, Repository
 from export.steps import Step
 from tests import drops
@@ -67,7 +67,7 @@ def test_two_drops_at_once_are_both_in_the_later_release(tiny: Repository) -> No
     meeting = Meeting(2)
     with ThreadPoolExecutor(2) as pool:
         for numbers in ({"classifier": 2}, {"preprocess": 2}):
-            pool.submit(examiner_of(tiny).release_drop, "tiny", numbers, meeting.report())
+            pool.submit(examiner_of(tiny).publish_drop, "tiny", numbers, meeting.report())
     assert [each.name for each in tiny.releases("tiny")] == ["tiny-v1", "tiny-v2", "tiny-v3"]
     assert pins(tiny, "tiny-v3") == {"preprocess": 2, "classifier": 2, "postprocess": 1}
     again = [line for line in meeting.lines if line.startswith("AGAIN")]
@@ -90,7 +90,7 @@ def test_two_commands_at_once_lose_nothing(tiny: Repository) -> None:
 
 def test_a_drop_does_not_bring_back_what_was_retired_meanwhile(tiny: Repository) -> None:
     other_preprocessing(tiny)
-    examiner_of(tiny).release_drop("tiny", {"preprocess": 2}, lambda _: None)
+    examiner_of(tiny).publish_drop("tiny", {"preprocess": 2}, lambda _: None)
     drop(tiny, 2)
     retiring = iter([True])
 
@@ -98,7 +98,7 @@ def test_a_drop_does_not_bring_back_what_was_retired_meanwhile(tiny: Repository)
         if next(retiring, False):
             Repository(tiny.root).retire("tiny-v2")
 
-    published = examiner_of(tiny).release_drop("tiny", {"classifier": 2}, report).manifest
+    published = examiner_of(tiny).publish_drop("tiny", {"classifier": 2}, report).manifest
     assert published.name == "tiny-v3"
     assert pins(tiny, "tiny-v3") == {"preprocess": 1, "classifier": 2, "postprocess": 1}
 
@@ -109,7 +109,7 @@ def test_the_same_content_dropped_twice_is_one_release(tiny: Repository) -> None
     meeting = Meeting(2)
     with ThreadPoolExecutor(2) as pool:
         runs = [
-            pool.submit(examiner_of(tiny).release_drop, "tiny", {"classifier": number}, meeting.report())
+            pool.submit(examiner_of(tiny).publish_drop, "tiny", {"classifier": number}, meeting.report())
             for number in (2, 3)
         ]
         refusals = [error for run in runs if (error := run.exception())]
@@ -130,9 +130,9 @@ def test_an_export_takes_the_code_that_was_published_while_it_was_examined(
     def report(line: str) -> None:
         lines.append(line)
         if line.startswith("ok  files") and next(publishing, False):
-            examiner_of(tiny).release_drop("tiny", {"preprocess": 2}, lambda _: None)
+            examiner_of(tiny).publish_drop("tiny", {"preprocess": 2}, lambda _: None)
 
-    monkeypatch.setattr(release, "reporter", lambda _: report)
+    monkeypatch.setattr(publish, "reporter", lambda _: report)
     options = ["--onnx", str(tmp_path / "tiny.onnx"), "--spec", str(tmp_path / "tiny.toml")]
     assert main([*options, "--repository", str(tiny.root)]) == 0
     assert pins(tiny, "tiny-v3") == {"preprocess": 2, "classifier": 2, "postprocess": 1}
@@ -145,9 +145,9 @@ def test_what_is_retired_at_that_moment_is_not_published_again_unexamined(
     """A candidate that is a release already needs no exam; one that just stopped to be one does."""
     drop(tiny, 2)
     examiner = examiner_of(tiny)
-    examiner.release_drop("tiny", {"classifier": 2}, lambda _: None)
+    examiner.publish_drop("tiny", {"classifier": 2}, lambda _: None)
     drop(tiny, 3, -0.3)
-    examiner.release_drop("tiny", {"classifier": 3}, lambda _: None)
+    examiner.publish_drop("tiny", {"classifier": 3}, lambda _: None)
     candidate = examiner._drop("tiny", {"classifier": 2})
     real = Repository.published
 
@@ -158,7 +158,7 @@ def test_what_is_retired_at_that_moment_is_not_published_again_unexamined(
 
     monkeypatch.setattr(Repository, "published", retired_at_once)
     with pytest.raises(Overtaken):
-        examiner.release(candidate, lambda _: None)
+        examiner.publish(candidate, lambda _: None)
     assert [each.name for each in tiny.releases("tiny")] == ["tiny-v1", "tiny-v3"]
 
 
@@ -168,14 +168,14 @@ def test_who_is_overtaken_again_and_again_gives_up_and_says_so(tiny: Repository)
 
     lines: list[str] = []
     with pytest.raises(Overtaken, match="tiny-v9"):
-        release.until_current(overtaken, lines.append)  # type: ignore[arg-type]
+        publish.until_current(overtaken, lines.append)  # type: ignore[arg-type]
     assert len(lines) == 4
 
 
 def test_of_two_who_retire_the_second_is_asked_about_what_the_first_left(tiny: Repository) -> None:
     """Whether a release is the latest is decided while nobody else can publish or retire."""
     drop(tiny, 2)
-    examiner_of(tiny).release_drop("tiny", {"classifier": 2}, lambda _: None)
+    examiner_of(tiny).publish_drop("tiny", {"classifier": 2}, lambda _: None)
     inside, go_on = threading.Event(), threading.Event()
 
     def slow() -> None:
@@ -195,10 +195,10 @@ def test_of_two_who_retire_the_second_is_asked_about_what_the_first_left(tiny: R
 def test_a_number_that_a_retired_release_pinned_is_not_given_again(tiny: Repository) -> None:
     """Also when somebody removed the version's folder since: a number names one content forever."""
     drop(tiny, 2)
-    examiner_of(tiny).release_drop("tiny", {"classifier": 2}, lambda _: None)
+    examiner_of(tiny).publish_drop("tiny", {"classifier": 2}, lambda _: None)
     tiny.retire("tiny-v2")
     shutil.rmtree(tiny.step_folder("tiny", "classifier", 2))
     candidate = examiner_of(tiny)._drop("tiny", {})
     new = replace(candidate, numbers={}, steps={**candidate.steps, "classifier": Step.of_graph(drops.sealed(-0.3))})
-    published = examiner_of(tiny).release(new, lambda _: None).manifest
+    published = examiner_of(tiny).publish(new, lambda _: None).manifest
     assert published.steps["classifier"].version == 3

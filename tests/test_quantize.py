@@ -9,9 +9,10 @@ import onnx
 import onnxruntime
 import pytest
 
-from export import candidate, exam, graph, quantize
+from export import build, exam, graph, quantize
 from export.__main__ import main
-from export.repository import Candidate, Repository
+from export.candidate import Candidate
+from export.repository import Repository
 from tests.conftest import PARCELS
 from tests.offline import PREPROCESSING
 from tests.test_export import CHECKPOINT
@@ -19,7 +20,7 @@ from tests.test_export import CHECKPOINT
 
 @pytest.fixture(scope="module")
 def original(pristine: Path) -> Candidate:
-    return candidate.from_checkpoint(CHECKPOINT, "defect", Repository(pristine), lambda _: None)
+    return build.from_checkpoint(CHECKPOINT, "defect", Repository(pristine), lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +108,9 @@ def test_precision_and_calibration_go_together(
 
 
 def test_too_few_or_broken_pictures_are_refused(original: Candidate, tmp_path: Path) -> None:
-    with pytest.raises(candidate.ExportError, match="holds 0 pictures; 8 or more are needed"):
+    with pytest.raises(build.ExportError, match="holds 0 pictures; 8 or more are needed"):
         quantize.int8(original, tmp_path, lambda _: None)
     for i in range(8):
         (tmp_path / f"{i}.jpg").write_bytes(b"no picture")
-    with pytest.raises(candidate.ExportError, match="cannot be used"):
+    with pytest.raises(build.ExportError, match="cannot be used"):
         quantize.int8(original, tmp_path, lambda _: None)

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from export.exam import Rules
-from export.release import Examiner
+from export.publish import Examiner
 from export.repository import Repository
 from gateway.routing.rollback import Gateway, roll_back
 from tests import drops
@@ -158,7 +158,7 @@ def test_cycles_without_a_failed_request_or_a_wrong_name(tiny: Repository) -> No
             drop = repository.step_folder("tiny", "classifier", number)
             drop.mkdir()
             (drop / "model.onnx").write_bytes(drops.sealed(0.315 - 0.03 * cycle).SerializeToString())
-            new = examiner.release_drop("tiny", {"classifier": number}, lambda _: None).manifest.name
+            new = examiner.publish_drop("tiny", {"classifier": number}, lambda _: None).manifest.name
             remember(new)
             wait_until_active(new)
             load.wait_for_more(5)

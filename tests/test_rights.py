@@ -14,9 +14,9 @@ import pytest
 
 from export import doctor, rights
 from export.__main__ import main
-from export.candidate import from_onnx
+from export.build import from_onnx
 from export.exam import Rules
-from export.release import Examiner
+from export.publish import Examiner
 from export.repository import Repository
 from tests import drops
 from tests.conftest import ROOT
@@ -118,11 +118,11 @@ def test_what_is_written_can_be_read_whatever_the_umask(
     onnx.save(drops.network(0.0), tmp_path / "tiny.onnx")
     built = from_onnx(tmp_path / "tiny.onnx", drops.SPEC, repository, lambda _: None)
     examiner = Examiner(repository, SERVING, Rules(nice=0))
-    examiner.release(built, lambda _: None)
+    examiner.publish(built, lambda _: None)
     for place in sorted(root.glob("tiny*")):
         assert rights.closed(place) == []
     drop(repository, 2)
-    examiner.release_drop("tiny", {"classifier": 2}, lambda _: None)
+    examiner.publish_drop("tiny", {"classifier": 2}, lambda _: None)
     repository.retire("tiny-v1")
     drop(repository, 3)  # what 2 holds already
     assert main(["release", "--pipeline", "tiny", "--classifier", "3", "--repository", str(root)]) == 1
@@ -248,7 +248,7 @@ def test_a_real_triton_that_may_not_read_everything_serves_what_was_published(ti
     CLOSED["both"](unopened)
     os.chown(unopened, NOBODY, NOBODY)
     examiner = Examiner(tiny, SERVING, Rules(nice=0))
-    examiner.release_drop("tiny", {"classifier": 2}, lambda _: None)
+    examiner.publish_drop("tiny", {"classifier": 2}, lambda _: None)
     drop(tiny, 4, -0.5)
     command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", sys.executable, "-c", UNPRIVILEGED]
     with (tmp_path / "log").open("w+") as log:
@@ -258,7 +258,7 @@ def test_a_real_triton_that_may_not_read_everything_serves_what_was_published(ti
             try:
                 for release in ("tiny-v1", "tiny-v2"):
                     assert next(lines, None) == f"ready: {release}\n", (tmp_path / "log").read_text()[-2000:]
-                examiner.release_drop("tiny", {"classifier": 4}, lambda _: None)
+                examiner.publish_drop("tiny", {"classifier": 4}, lambda _: None)
                 assert next(lines, None) == "ready: tiny-v3\n"
             finally:
                 process.terminate()

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from export import doctor, exam
 from export.__main__ import main
-from export.release import Examiner, verdict_of
+from export.publish import Examiner, verdict_of
 from export.repository import Repository, RepositoryError
 from export.steps import VERDICT
 from tests.conftest import ROOT
@@ -116,7 +116,7 @@ def test_whatever_goes_wrong_with_a_drop_is_said_once_and_the_next_is_looked_at(
         monkeypatch.setattr(exam, "state_of", failing(exam.state_of, lambda folder: folder.name == "2"))
     elif where == "examined":
         is_it = lambda _self, _pipeline, numbers, _report: numbers == {"classifier": 2}  # noqa: E731
-        monkeypatch.setattr(Examiner, "release_drop", failing(Examiner.release_drop, is_it))
+        monkeypatch.setattr(Examiner, "release_drop", failing(Examiner.publish_drop, is_it))
     else:
         is_it = lambda _self, pipeline: pipeline == "aside"  # noqa: E731
         monkeypatch.setattr(Repository, "reconcile", failing(Repository.reconcile, is_it))

@@ -10,10 +10,10 @@ from google.protobuf import text_format
 from safetensors.numpy import load_file
 from tritonclient.grpc import model_config_pb2 as pb
 
-from export import candidate, graph
+from export import build, graph
 from export.config import Serving
 from export.exam import Rules
-from export.release import Examiner
+from export.publish import Examiner
 from export.repository import Repository
 from export.steps import Step
 
@@ -24,14 +24,14 @@ CHECKPOINT = EXPORT / "checkpoints" / "defect"
 def publish_contrary(root: Path) -> str:
     """Publish a release whose answers lean towards `damaged`; returns its name."""
     repository = Repository(root)
-    built = candidate.from_checkpoint(CHECKPOINT, "defect", repository, lambda _: None)
+    built = build.from_checkpoint(CHECKPOINT, "defect", repository, lambda _: None)
     weights = load_file(CHECKPOINT / "model.safetensors")
     weights["_fc.bias"] = weights["_fc.bias"][::-1] + np.array([2, 0], np.float16)
     contrary = Step.of_graph(graph.from_checkpoint(weights, built.labels, 1.0))
     # Forced: it disagrees with the release before it, which is what it is for.
     examiner = Examiner(repository, Serving.read(EXPORT / "serving.toml"), Rules.read(EXPORT / "exam.toml"), force=True)
     changed = replace(built, steps={**built.steps, "classifier": contrary}, numbers={})
-    return examiner.release(changed, lambda _: None).manifest.name
+    return examiner.publish(changed, lambda _: None).manifest.name
 
 
 def edit_release(root: Path, name: str, parameters: dict[str, str | None]) -> None:

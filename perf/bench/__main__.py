@@ -25,7 +25,7 @@ from contract import Manifest
 from export.config import Serving
 from export.exam import Rules
 from export.printing import wide_console
-from export.release import Examiner
+from export.publish import Examiner
 from export.repository import Repository, RepositoryError
 from export.steps import Step
 from perf import analyzer, plot
@@ -164,7 +164,7 @@ def publish_full_decode(repository: Repository, release: Manifest, say: Callable
     rules = Rules.read(ROOT / "export" / "exam.toml")
     serving = Serving.read(ROOT / "export" / "serving.toml")
     examiner = Examiner(repository, serving, rules, force=True)  # it costs more, which is the point
-    return examiner.release_drop(release.pipeline, {"preprocess": number}, say).manifest.name
+    return examiner.publish_drop(release.pipeline, {"preprocess": number}, say).manifest.name
 
 
 def tables(runs: list[Run]) -> Iterator[Table]:

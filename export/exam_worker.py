@@ -1,6 +1,6 @@
 """The part of the exam that runs what is examined, in a process of its own: it may hang, crash or lie.
 
-`python -m export.examinee` reads a `Job` as JSON from stdin and writes a JSON object a line to stdout: `{"begin":
+`python -m export.exam_worker` reads a `Job` as JSON from stdin and writes a JSON object a line to stdout: `{"begin":
 name}` and then `{"check": {...}}` for every check, `{"progress": text}` in between, `{"recorded": {...}}` at last.
 """
 
@@ -56,11 +56,11 @@ class Check(BaseModel):
     seconds: float = 0.0
 
 
-class Refused(Exception):
+class CheckFailed(Exception):
     """A check that was not passed; the message says why."""
 
 
-class Examinee:
+class ExamWorker:
     """Runs the checks on one candidate, in the order of `CHECKS`."""
 
     def __init__(self, job: Job, say: Callable[[dict[str, Any]], None]) -> None:
@@ -79,16 +79,16 @@ class Examinee:
         path = self.job.candidate["classifier"] / "model.onnx"
         self.model = model = onnx.load(path, load_external_data=False)
         if any(uses_external_data(tensor) for tensor in model.graph.initializer):
-            raise Refused("its weights lie outside of model.onnx: save them in the file itself")
+            raise CheckFailed("its weights lie outside of model.onnx: save them in the file itself")
         opset = graph.opset_of(model)
         if opset > graph.MAX_OPSET:
-            raise Refused(f"opset {opset}: the server knows up to {graph.MAX_OPSET}")
+            raise CheckFailed(f"opset {opset}: the server knows up to {graph.MAX_OPSET}")
         if model.ir_version > graph.MAX_IR_VERSION:
-            raise Refused(f"IR version {model.ir_version}: the server knows up to {graph.MAX_IR_VERSION}")
+            raise CheckFailed(f"IR version {model.ir_version}: the server knows up to {graph.MAX_IR_VERSION}")
         try:
             checker.check_model(model, full_check=True)
         except Exception as error:  # shape inference raises types of its own
-            raise Refused(f"not valid ONNX: {_line(error)}") from None
+            raise CheckFailed(f"not valid ONNX: {_line(error)}") from None
         return f"opset {opset}, IR version {model.ir_version}"
 
     def signature(self) -> str:
@@ -102,11 +102,13 @@ class Examinee:
             wanted = {tensor.name: (pb.DataType.Name(tensor.data_type), ["N", *tensor.dims]) for tensor in expected}
             for name, tensor in wanted.items():
                 if name not in found:
-                    raise Refused(f"the {kind} {name} is missing; there are {', '.join(found)}: was it exported here?")
+                    raise CheckFailed(
+                        f"the {kind} {name} is missing; there are {', '.join(found)}: was it exported here?"
+                    )
                 if found[name] != tensor:
-                    raise Refused(f"the {kind} {name} is {_text(found[name])}, the pipeline has {_text(tensor)}")
+                    raise CheckFailed(f"the {kind} {name} is {_text(found[name])}, the pipeline has {_text(tensor)}")
             if unknown := sorted(set(found) - set(wanted)):
-                raise Refused(f"the {kind} {unknown[0]} is none of the pipeline's")
+                raise CheckFailed(f"the {kind} {unknown[0]} is none of the pipeline's")
         return f"as in {declared.name}/config.pbtxt"
 
     def labels(self) -> str:
@@ -116,7 +118,9 @@ class Examinee:
             return "the graph names none"
         found = properties["labels"].split("\n")
         if found != self.job.labels:
-            raise Refused(f"the graph's outputs are {', '.join(found)}, the pipeline's {', '.join(self.job.labels)}")
+            raise CheckFailed(
+                f"the graph's outputs are {', '.join(found)}, the pipeline's {', '.join(self.job.labels)}"
+            )
         return ", ".join(found)
 
     def load(self) -> str:
@@ -138,7 +142,9 @@ class Examinee:
         answers = self.candidate.run(list(self.pictures.values())[:2])
         for row in answers.outputs[contract.DIGEST]:
             if row[0].decode() != expected:
-                raise Refused(f"the graph says {row[0].decode()[:12]}, its content is {expected[:12]}: export it again")
+                raise CheckFailed(
+                    f"the graph says {row[0].decode()[:12]}, its content is {expected[:12]}: export it again"
+                )
         return expected[:12]
 
     def deterministic(self) -> str:
@@ -162,7 +168,7 @@ class Examinee:
         for kind, broken in _BROKEN.items():
             answers = self.candidate.run([picture, broken])
             if not answers.error(1).startswith("image_"):
-                raise Refused(f"{kind} is answered as if it were a picture: {answers.label(1) or 'no error'}")
+                raise CheckFailed(f"{kind} is answered as if it were a picture: {answers.label(1) or 'no error'}")
             self._compare(name, self._read(answers, 0, name), self.answers[name], f"beside {kind}")
         return f"{len(_BROKEN)} kinds reported"
 
@@ -183,7 +189,7 @@ class Examinee:
         self.evaluation["agreement"] = round(share, 4)
         text = f"{share:.3f} of {pictures} pictures (at least {self.job.min_agreement:g})"
         if share < self.job.min_agreement:
-            raise Refused(f"{text}: {'; '.join(differing[:5])}")
+            raise CheckFailed(f"{text}: {'; '.join(differing[:5])}")
         return text
 
     def accuracy(self) -> str:
@@ -202,7 +208,7 @@ class Examinee:
         if self.current:
             text += f"; the current release {right['current'] / len(pictures):.3f}"
         if share < self.job.min_accuracy:
-            raise Refused(text)
+            raise CheckFailed(text)
         return text
 
     def cost(self) -> str:
@@ -227,7 +233,7 @@ class Examinee:
             return f"{text} (not judged here)"
         text += f" (at most {self.job.max_cost:g})"
         if ratio > self.job.max_cost:
-            raise Refused(text)
+            raise CheckFailed(text)
         return text
 
     def _passes(self, pipeline: Pipeline) -> int:
@@ -243,16 +249,16 @@ class Examinee:
     def _read(self, answers: Answers, i: int, name: str) -> tuple[str, dict[str, float]]:
         """Label and scores of a picture that must be answered."""
         if answers.error(i):
-            raise Refused(f"{name}: {answers.error(i)}")
+            raise CheckFailed(f"{name}: {answers.error(i)}")
         label, scores = answers.label(i), answers.scores(i)
         if not np.isfinite(list(scores.values())).all():
-            raise Refused(f"{name}: the probabilities are not finite: {scores}")
+            raise CheckFailed(f"{name}: the probabilities are not finite: {scores}")
         if abs(sum(scores.values()) - 1) > 1e-3 or min(scores.values()) < -1e-6:
-            raise Refused(f"{name}: the probabilities sum to {sum(scores.values()):.4f}: is the softmax missing?")
+            raise CheckFailed(f"{name}: the probabilities sum to {sum(scores.values()):.4f}: is the softmax missing?")
         if unknown := sorted({label, *scores} - set(self.job.labels)):
-            raise Refused(f"{name}: answered with {unknown[0]!r}, which the pipeline's contract lacks")
+            raise CheckFailed(f"{name}: answered with {unknown[0]!r}, which the pipeline's contract lacks")
         if len(scores) != len(self.job.labels):
-            raise Refused(f"{name}: scores for {', '.join(scores)} only")
+            raise CheckFailed(f"{name}: scores for {', '.join(scores)} only")
         return label, scores
 
     @staticmethod
@@ -261,7 +267,7 @@ class Examinee:
     ) -> None:
         golden = contract.Golden(name, b"", expected[0], expected[1])
         if difference := golden.difference(got[0], got[1], _SAME):
-            raise Refused(f"{when}, {difference}")
+            raise CheckFailed(f"{when}, {difference}")
 
     def _labelled(self) -> list[tuple[str, bytes]]:
         return [(path.name, path.read_bytes()) for paths in self.job.labelled.values() for path in paths]
@@ -273,19 +279,19 @@ class Examinee:
             yield item
 
 
-CHECKS: Mapping[str, Callable[[Examinee], str]] = {
-    "graph": Examinee.graph,
-    "signature": Examinee.signature,
-    "labels": Examinee.labels,
-    "load": Examinee.load,
-    "answers": Examinee.answers_well_formed,
-    "digest": Examinee.digest,
-    "deterministic": Examinee.deterministic,
-    "batching": Examinee.batching,
-    "bad pictures": Examinee.bad_pictures,
-    "agreement": Examinee.agreement,
-    "accuracy": Examinee.accuracy,
-    "cost": Examinee.cost,
+CHECKS: Mapping[str, Callable[[ExamWorker], str]] = {
+    "graph": ExamWorker.graph,
+    "signature": ExamWorker.signature,
+    "labels": ExamWorker.labels,
+    "load": ExamWorker.load,
+    "answers": ExamWorker.answers_well_formed,
+    "digest": ExamWorker.digest,
+    "deterministic": ExamWorker.deterministic,
+    "batching": ExamWorker.batching,
+    "bad pictures": ExamWorker.bad_pictures,
+    "agreement": ExamWorker.agreement,
+    "accuracy": ExamWorker.accuracy,
+    "cost": ExamWorker.cost,
 }
 """In this order. The first ones decide whether the later ones can run at all."""
 REQUIRED = ("graph", "signature", "load", "answers")
@@ -310,13 +316,13 @@ def _line(error: BaseException) -> str:
 
 def examine(job: Job, say: Callable[[dict[str, Any]], None]) -> None:
     """Run every check that can be run, and record what a passing release needs."""
-    examinee = Examinee(job, say)
+    worker = ExamWorker(job, say)
     for name, check in CHECKS.items():
         say({"begin": name})
         start = time.monotonic()
         try:
-            passed, detail = True, check(examinee)
-        except Refused as refusal:
+            passed, detail = True, check(worker)
+        except CheckFailed as refusal:
             passed, detail = False, str(refusal)
         except Exception as error:  # what is examined may raise anything
             passed, detail = False, f"{type(error).__name__}: {_line(error)}"
@@ -325,10 +331,10 @@ def examine(job: Job, say: Callable[[dict[str, Any]], None]) -> None:
         if not passed and name in REQUIRED:
             return
     golden = {
-        name: contract.Golden(name, examinee.pictures[name], label, scores).to_json()
-        for name, (label, scores) in examinee.answers.items()
+        name: contract.Golden(name, worker.pictures[name], label, scores).to_json()
+        for name, (label, scores) in worker.answers.items()
     }
-    say({"recorded": {"golden": golden, "evaluation": examinee.evaluation}})
+    say({"recorded": {"golden": golden, "evaluation": worker.evaluation}})
 
 
 def main() -> int:

@@ -18,10 +18,10 @@ from onnx import ModelProto, NodeProto, TensorProto, shape_inference
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
 from export import graph
-from export.candidate import ExportError, Report
+from export.build import ExportError, Report
+from export.candidate import Candidate
 from export.exam import HALF_DIFFERENCE
 from export.quantize import pictures, prepare, probabilities
-from export.repository import Candidate
 from export.steps import Step
 
 _LARGEST = float(np.finfo(np.float16).max)
@@ -29,7 +29,7 @@ _LARGEST = float(np.finfo(np.float16).max)
 _GPU = Path("/dev/nvidiactl")
 
 
-def fp16(candidate: Candidate, folder: Path, report: Report) -> Candidate:
+def convert(candidate: Candidate, folder: Path, report: Report) -> Candidate:
     """The same pipeline with its classifier in fp16, tried on the pictures in `folder`, at any depth.
 
     The figures of the model card are the original's and are left out; what was measured here takes their place.

@@ -23,9 +23,10 @@ import contract
 from contract import Manifest
 from export import config, exam, graph, rights
 from export.atomic import Staging
+from export.candidate import Candidate
 from export.exam import GOLDEN, Report, Rules, Verdict
-from export.examinee import Check
-from export.repository import Candidate, Overtaken, Published, Repository, RepositoryError
+from export.exam_worker import Check
+from export.repository import Overtaken, Published, Repository, RepositoryError
 from export.steps import REPOSITORY, VERDICT, Step
 
 ROOT = Path(__file__).resolve().parent
@@ -70,7 +71,7 @@ class Examiner:
     data: Path | None = None
     force: bool = False
 
-    def release(self, candidate: Candidate, report: Report) -> Published:
+    def publish(self, candidate: Candidate, report: Report) -> Published:
         """Examine a candidate and publish it; complete what is published already.
 
         Raises:
@@ -121,7 +122,7 @@ class Examiner:
             if not folder.is_dir():
                 raise Withdrawn(f"{folder.relative_to(self.repository.root)} was removed while it was examined")
 
-    def release_drop(self, pipeline: str, numbers: Mapping[str, int], report: Report) -> Published:
+    def publish_drop(self, pipeline: str, numbers: Mapping[str, int], report: Report) -> Published:
         """Examine dropped versions, the steps not named being those of the newest release, and publish.
 
         Raises:
@@ -136,7 +137,7 @@ class Examiner:
         for step, folder in folders.items():
             write_verdict(self.repository, folder, Verdict.beforehand(seen[step], verdict_of(folder)))
         try:
-            published = until_current(lambda: self._release_drop(pipeline, numbers, report), report)
+            published = until_current(lambda: self._publish_drop(pipeline, numbers, report), report)
         except Refused as refusal:
             for step, folder in folders.items():
                 write_verdict(self.repository, folder, refusal.verdict.model_copy(update={"seen": seen[step]}))
@@ -147,11 +148,11 @@ class Examiner:
         _remove_verdicts(folders.values())
         return published
 
-    def _release_drop(self, pipeline: str, numbers: Mapping[str, int], report: Report) -> Published:
+    def _publish_drop(self, pipeline: str, numbers: Mapping[str, int], report: Report) -> Published:
         candidate = self._drop(pipeline, numbers)
         if known := self.repository.published(candidate):
             self._require_new(known, numbers)
-        published = self.release(candidate, report)
+        published = self.publish(candidate, report)
         self._require_new(published.manifest, numbers)  # the same content, published meanwhile
         return published
 
@@ -284,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
         parse.error("name at least one step: --classifier N, --preprocess N or --postprocess N")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        published = examiner_of(options).release_drop(options.pipeline, numbers, reporter(console))
+        published = examiner_of(options).publish_drop(options.pipeline, numbers, reporter(console))
     except Refused as refusal:
         console.print(f"refused: {refusal}", style="red", markup=False)
         return 1
