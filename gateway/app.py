@@ -33,7 +33,7 @@ from gateway.http.body import (
 )
 from gateway.http.deadline import TIMEOUT_PARAMETER, Bounded, deadline_of
 from gateway.http.draining import Draining
-from gateway.http.fast_path import Direct
+from gateway.http.fast_path import FastPath
 from gateway.http.memory import Memory
 from gateway.http.middleware import RequestContext, problem_response
 from gateway.metrics import Metrics
@@ -263,6 +263,10 @@ def create_app(
         response.headers["Vary"] = "Accept"
         return pages.error(code) if pages.wants_html(request) else responses.error(code)
 
+    predictions = [
+        route for route in app.routes if isinstance(route, APIRoute) and route.endpoint in (predict_route, batch_route)
+    ]
+    app.add_middleware(FastPath, routes=predictions)  # the innermost
     app.add_middleware(Access, keys=keys)
     app.add_middleware(RequestContext, metrics=metrics, root=settings.root_path)  # the outermost but for the next
     if settings.cors_origins:
@@ -273,15 +277,6 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["X-Request-ID", "Retry-After", "Server-Timing"],
         )
-    app.middleware_stack = Direct(
-        app.build_middleware_stack(),
-        routes=[
-            route
-            for route in app.routes
-            if isinstance(route, APIRoute) and route.endpoint in (predict_route, batch_route)
-        ],
-        middleware=app.user_middleware,
-    )
     _complete_openapi(app, settings)
     return app
 

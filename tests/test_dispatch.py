@@ -334,7 +334,7 @@ def test_what_failed_because_of_the_server_is_told_from_the_rest(
 
 
 class Crowd:
-    """A lane that may have two calls at once, and those who ask it, one after the other."""
+    """A queue that may have two calls at once, and those who ask it, one after the other."""
 
     def __init__(self) -> None:
         self.queue = ReleaseQueue(RELEASE)
@@ -387,7 +387,7 @@ def test_after_a_pause_nobody_is_expected() -> None:
     assert (crowd.queue.expected_soon(), crowd.queue.share(crowd.replicas)) == (1, 1)
 
 
-# ---- the line ----
+# ---- the fair queue ----
 
 
 def fair_queue(*item: tuple[str, int]) -> FairQueue:

@@ -7,26 +7,19 @@ the middleware around them answers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from fastapi.routing import APIRoute
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 
-class Direct:
-    """Sends requests for `routes`, by their exact path, to their endpoints, and everything else to the application.
+class FastPath:
+    """Middleware: requests for `routes`, by their exact path, go to their endpoints; the others go on as usual."""
 
-    `middleware` is the application's own, the outermost first: the endpoints get it here, too.
-    """
-
-    def __init__(self, app: ASGIApp, routes: Collection[APIRoute], middleware: Sequence[Middleware]) -> None:
+    def __init__(self, app: ASGIApp, routes: Collection[APIRoute]) -> None:
         self.app = app
         self._routes = {(method, route.path): route for route in routes for method in route.methods or ()}
-        self._endpoints: ASGIApp = self._call
-        for layer, args, kwargs in reversed(middleware):
-            self._endpoints = layer(self._endpoints, *args, **kwargs)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -35,8 +28,5 @@ class Direct:
             await self.app(scope, receive, send)
             return
         scope["route"] = route
-        await self._endpoints(scope, receive, send)
-
-    async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = await scope["route"].endpoint(Request(scope, receive, send))
+        response = await route.endpoint(Request(scope, receive, send))
         await response(scope, receive, send)
