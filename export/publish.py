@@ -213,7 +213,7 @@ def until_current(attempt: Callable[[], Published], report: Report) -> Published
         try:
             return attempt()
         except Overtaken as overtaken:
-            report(f"AGAIN: {overtaken}; it is put together and examined anew")
+            report(f"AGAIN: {overtaken}; it is put together and examined again")
     return attempt()
 
 

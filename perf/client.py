@@ -65,7 +65,7 @@ class _Connection:
         try:
             async with asyncio.timeout(_PATIENCE_S):
                 if self._streams and self._streams[0].at_eof():
-                    self.close()  # the server gave up an idle connection
+                    self.close()  # the server closed an idle connection
                 if self._streams is None:
                     self._streams = await asyncio.open_connection(*self._address)
                 reader, writer = self._streams

@@ -105,7 +105,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def without_collector() -> Iterator[None]:
-    """Only what nothing refers to is freed, at once: circles stay."""
+    """Only what nothing refers to is freed, at once: reference cycles stay."""
     gc.disable()
     yield
     gc.enable()

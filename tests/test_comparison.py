@@ -65,7 +65,7 @@ def test_another_label_is_worse_than_any_difference() -> None:
     assert [entry.request_id for entry in comparison.report().most_disagreeing] == ["r2", "r1", "r0"]
 
 
-def test_a_comparison_begins_anew_with_another_stable_release() -> None:
+def test_a_comparison_begins_again_with_another_stable_release() -> None:
     comparisons = Comparisons()
     first = comparisons.between("defect-v3", "defect-v1")
     first.shed += 1

@@ -252,7 +252,7 @@ def test_whenever_requests_are_abandoned_nothing_is_left_over(lab: Callable[...,
 def test_a_picture_is_let_go_of_with_its_request(
     lab: Callable[..., None], jpeg: bytes, settings: dict[str, int], within: float, stay: float, ends: list[str]
 ) -> None:
-    """At once, and not when Python looks for circles: that takes hundreds of requests, of megabytes each."""
+    """At once, and not when Python looks for reference cycles: that takes hundreds of requests, of megabytes each."""
 
     async def work(lab: Lab) -> None:
         async def ask() -> str:

@@ -177,7 +177,7 @@ def test_a_step_that_cannot_be_loaded_keeps_its_other_processes(clock: Clock) ->
         assert Kill(process(2)) not in clock.look(0.1)
 
 
-def test_a_repository_that_cannot_be_written_has_the_server_started_anew_ever_later(clock: Clock) -> None:
+def test_a_repository_that_cannot_be_written_has_the_server_restarted_ever_later(clock: Clock) -> None:
     waits = []
     for number in range(1, 8):
         clock.start(number)
@@ -189,10 +189,10 @@ def test_a_repository_that_cannot_be_written_has_the_server_started_anew_ever_la
         clock.healer.begin()
         clock.dead.clear()
     assert waits == [0, 60, 120, 240, 480, 900, 900]
-    assert "a_preprocess/1 cannot be loaded again (Read-only file system): the server is started anew" in clock.said
+    assert "a_preprocess/1 cannot be loaded again (Read-only file system): the server is restarted" in clock.said
 
 
-def test_a_triton_that_does_not_load_it_again_is_started_anew(clock: Clock) -> None:
+def test_a_triton_that_does_not_load_it_again_is_restarted(clock: Clock) -> None:
     clock.start(1)
     clock.look()
     clock.die(1)
@@ -200,7 +200,7 @@ def test_a_triton_that_does_not_load_it_again_is_started_anew(clock: Clock) -> N
     assert 10 < clock.until(lambda actions: Restart() in actions) < 20
 
 
-def test_a_triton_that_loads_nothing_any_more_is_started_anew_though_others_answer(clock: Clock) -> None:
+def test_a_triton_that_loads_nothing_any_more_is_restarted_though_others_answer(clock: Clock) -> None:
     """Where a process is killed while it starts, Triton may wait for it forever."""
     clock.start(1)
     clock.start(2, FILE.parent.with_name("2") / FILE.name)
@@ -208,10 +208,10 @@ def test_a_triton_that_loads_nothing_any_more_is_started_anew_though_others_answ
     clock.die(1)
     asked = [clock.until(lambda actions: Reload(FILE) in actions) for _ in range(3)]
     assert clock.until(lambda actions: Restart() in actions) + sum(asked) < 60
-    assert clock.said[-1].endswith("within 12 s, 3 times: the server is started anew")
+    assert clock.said[-1].endswith("within 12 s, 3 times: the server is restarted")
 
 
-def test_a_triton_that_loads_again_late_is_not_started_anew(clock: Clock) -> None:
+def test_a_triton_that_loads_again_late_is_not_restarted(clock: Clock) -> None:
     clock.start(1)
     clock.start(2, FILE.parent.with_name("2") / FILE.name)
     clock.look()
@@ -223,12 +223,12 @@ def test_a_triton_that_loads_again_late_is_not_started_anew(clock: Clock) -> Non
         assert clock.look() == []
 
 
-def test_a_process_that_died_before_anybody_knew_it_has_the_server_started_anew(clock: Clock) -> None:
+def test_a_process_that_died_before_anybody_knew_it_has_the_server_restarted(clock: Clock) -> None:
     clock.die(1)
     assert 9 < clock.until(lambda actions: Restart() in actions) < 12
 
 
-def test_a_triton_full_of_remains_is_started_anew(clock: Clock) -> None:
+def test_a_triton_full_of_remains_is_restarted(clock: Clock) -> None:
     number = 1
     clock.start(number)
     clock.look()
@@ -394,7 +394,7 @@ def test_the_versions_beside_it_come_along(pair: Path, jpeg: bytes) -> None:
         assert answers(triton.endpoint, jpeg, "defect-v2")
 
 
-def test_where_the_repository_cannot_be_written_the_server_is_started_anew(
+def test_where_the_repository_cannot_be_written_the_server_is_restarted(
     triton: TritonServer, jpeg: bytes, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Root may write where others may not, so the refusal is made."""
@@ -402,7 +402,7 @@ def test_where_the_repository_cannot_be_written_the_server_is_started_anew(
     def refuse(path: Path) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-    monkeypatch.setattr(server, "_date_anew", refuse)
+    monkeypatch.setattr(server, "_date_later", refuse)
     with triton:
         triton.wait_until_ready()
         first = triton.process
@@ -414,7 +414,7 @@ def test_where_the_repository_cannot_be_written_the_server_is_started_anew(
     assert "Read-only file system" in capfd.readouterr().err
 
 
-def test_a_triton_that_crashes_while_it_loads_the_step_is_started_anew(triton: TritonServer, jpeg: bytes) -> None:
+def test_a_triton_that_crashes_while_it_loads_the_step_is_restarted(triton: TritonServer, jpeg: bytes) -> None:
     """It does so now and then, too seldom to be waited for."""
     with triton:
         triton.wait_until_ready()
@@ -503,7 +503,7 @@ def test_the_health_check_ends_a_server_that_keeps_a_dead_process(tiny: Reposito
 
 
 def test_the_health_check_does_not_take_the_next_server_for_the_last(tmp_path: Path) -> None:
-    """A container that is started anew keeps its files, and its server has the same number."""
+    """A container that is restarted keeps its files, and its server has the same number."""
     memory = tmp_path / "stubs.json"
     memory.write_text(f'{{"server": "{os.getpid()}, 1", "dead": {{}}, "told": 0}}')
     assert stubs.check(os.getpid(), memory, patience=0, grace=0) == ""

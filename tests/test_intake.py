@@ -440,7 +440,7 @@ def form_of(content: bytes, end: bytes = b"\r\n--b--\r\n") -> bytes:
 
 @pytest.mark.usefixtures("without_collector")
 def test_a_form_is_let_go_of_with_its_request() -> None:
-    """The parser knows the form and the form the parser: until Python looked for circles, megabytes of each stayed."""
+    """The parser knows the form and the form the parser: until Python looked for cycles, megabytes of each stayed."""
 
     async def read() -> weakref.ref[Form]:
         form = Form("multipart/form-data; boundary=b", {"image": 10_000})

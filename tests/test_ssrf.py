@@ -134,7 +134,7 @@ ANSWERS: dict[str, tuple[Answer, str]] = {
     "a status line that never ends": (drip(b"HTTP/1.1 200 O", b"K", 0.02), TIMEOUT),
     "headers that never end, slowly": (drip(HEAD, b"X-More: 1\r\n", 0.02), TIMEOUT),
     "headers that never end, fast": (drip(HEAD + b"X: ", b"x" * 65536, 0), FAILED),
-    "interim responses for ever": (drip(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.02), TIMEOUT),
+    "interim responses forever": (drip(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.02), TIMEOUT),
     "a body that trickles": (drip(at_length("5000"), b"x", 0.02), TIMEOUT),
     "a body that stops": (stall(at_length("5000") + b"x" * 10), TIMEOUT),
     "a body that ends early": (at_length("5000") + b"x" * 10, FAILED),

@@ -226,7 +226,7 @@ class Healer:
         elif self._restart_at is None:
             wait = self._restarts.wait(now)
             self._restart_at = now + wait
-            yield Say(f"{why}: the server is started anew{f' in {wait:g} s' if wait else ''}")
+            yield Say(f"{why}: the server is restarted{f' in {wait:g} s' if wait else ''}")
         if self._restart_at is not None and now >= self._restart_at:
             yield Restart()
 

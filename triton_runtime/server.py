@@ -212,7 +212,7 @@ class TritonServer:
             if (status := self.poll()) is not None:
                 if has_crashed or -status not in _CRASHES:
                     raise TritonFailed(f"Triton ended with status {status} while starting: see its log")
-                print("triton: crashed while starting, and is started anew", file=sys.stderr)
+                print("triton: crashed while starting, and is restarted", file=sys.stderr)
                 has_crashed = True
                 self.restart()
             if self._stopping.is_set():
@@ -315,9 +315,7 @@ class TritonServer:
                         process, strangers = self.process, set()
                         self._healer.begin()
                     if self._crashed_by_healing():
-                        print(
-                            "triton: crashed while it loaded a step, and is started anew", file=sys.stderr, flush=True
-                        )
+                        print("triton: crashed while it loaded a step, and is restarted", file=sys.stderr, flush=True)
                         self._healer.begin()  # if it crashes once more, others decide
                         self._heal(healing.Restart())
                     elif process.poll() is None:
@@ -332,7 +330,7 @@ class TritonServer:
                 print(f"triton: {text}", file=sys.stderr, flush=True)
             case healing.Reload(file):
                 try:
-                    _date_anew(file)
+                    _date_later(file)
                 except FileNotFoundError:
                     self._healer.gone(file)
                 except OSError as error:
@@ -371,7 +369,7 @@ def _broken(index: list[dict[str, str]], releases: list[str]) -> str:
     return "; ".join(f"{name} ({models.get(name, {}).get('reason') or missing})" for name in releases)
 
 
-def _date_anew(file: Path) -> None:
+def _date_later(file: Path) -> None:
     """Date one file of a model later than all that Triton may have met in the model's folder: that is a change to it.
 
     The content stays what was published. A later date of the model's config.pbtxt alone would change nothing.

@@ -59,7 +59,7 @@ def wait_for_end(process: subprocess.Popen, seconds: float) -> bool:
 def kill_group(process: subprocess.Popen, seconds: float = 5.0) -> None:
     """Kill a process that leads its group and all that it started in it, and wait until they are gone.
 
-    Gives up after so many seconds: what hangs in the kernel, or is left to an init that reaps nothing, ends for nobody.
+    Stops waiting after so many seconds: what hangs in the kernel, or is left to an init that reaps nothing, never ends.
     """
     deadline = time.monotonic() + seconds
     with contextlib.suppress(ProcessLookupError):

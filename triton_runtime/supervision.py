@@ -55,7 +55,8 @@ class Supervisor:
         if history.due is None:
             history.failures = 1 if now - history.started >= CALM_S else history.failures + 1
             if history.failures >= MOST_FAILURES and name not in self._spare:
-                _say(f"{name} ended by itself with status {status}, the {history.failures}th time: it is given up")
+                times = f"the {history.failures}th time"
+                _say(f"{name} ended by itself with status {status}, {times}: it is not started again")
                 return status if status > 0 else 1
             history.due = now + (wait := history.backoff.wait(now))
             _say(f"{name} ended by itself with status {status}: it is started again{f' in {wait:g} s' if wait else ''}")

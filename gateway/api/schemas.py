@@ -236,7 +236,7 @@ class Report(BaseModel):
 
     release: str
     against: str | None = Field(description="The release that was stable meanwhile; null: nothing was compared.")
-    since: str | None = Field(description="When this comparison began; it begins anew with another stable release.")
+    since: str | None = Field(description="When this comparison began; it begins again with another stable release.")
     compared: int
     agreement: float | None = Field(description="The share of requests that got the same label; null without any.")
     confusion: dict[str, dict[str, int]] = Field(description="The stable release's label: this one's label: requests.")

@@ -143,7 +143,7 @@ class Releases:
                 raise
             if error.status is grpc.StatusCode.NOT_FOUND:
                 return Known(state.name, number, None, "it was just unloaded", is_loaded=False)
-            # The index was answered, so it is no fault of the server: the other releases are none of its business.
+            # The index was answered, so the server is fine: the other releases are not affected.
             return before or Known(state.name, number, None, str(error), is_loaded=False)
         if before and manifest == before.manifest:
             if stays:
