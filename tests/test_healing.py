@@ -425,7 +425,8 @@ def test_a_triton_that_crashes_while_it_loads_the_step_is_restarted(triton: Trit
         wait_for(lambda: triton.process is not first, 60)
         assert triton.poll() is None
         wait_for(lambda: answers(triton.endpoint, jpeg), 120)
-        os.kill(triton.process.pid, signal.SIGSEGV)
+        with triton._changing:  # until whoever restarted it saw that it is ready, too
+            os.kill(triton.process.pid, signal.SIGSEGV)
         wait_for(lambda: triton.poll() == -signal.SIGSEGV)  # another crash is for others to decide about
 
 

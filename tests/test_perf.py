@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -309,8 +310,8 @@ def test_a_case_in_which_nothing_is_answered_is_inconclusive_and_the_others_are_
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Windows of three milliseconds, in which no picture is answered, are to perf_analyzer what a busy machine is."""
-    monkeypatch.setattr(analyzer, "LONGER", (1 / 100,))
+    """Windows of a millisecond, in which no picture is answered, are to perf_analyzer what a busy machine is."""
+    monkeypatch.setattr(analyzer, "LONGER", (1 / 300,))
     (tmp_path / "budgets.toml").write_text(
         "[[budget]]\nendpoint = 'ensemble'\nconcurrency = 1\np50 = 1e9\n"
         "[[budget]]\nendpoint = 'gateway'\nconcurrency = 1\np50 = 1e-6\n"
@@ -320,8 +321,9 @@ def test_a_case_in_which_nothing_is_answered_is_inconclusive_and_the_others_are_
     page, data = written(tmp_path)
     outcomes = {(v["endpoint"], v["what"]): v["outcome"] for v in data["verdicts"]}
     assert outcomes == {("ensemble", "p50"): "inconclusive", ("gateway", "p50"): "fail"}
-    said = "not measured in 2 of 2 rounds, no request was answered within 0.003 s: lengthen --seconds"
-    assert said in page and said in " ".join(capsys.readouterr().out.split())
+    # Where the machine stood still at the right moment, one of the two was measured.
+    said = r"not measured in [12] of 2 rounds, no request was answered within 0\.001 s: lengthen --seconds"
+    assert re.search(said, page) and re.search(said, " ".join(capsys.readouterr().out.split()))
 
 
 def test_perf_analyzer_is_run_by_hand_with_the_input_that_is_written(

@@ -517,3 +517,14 @@ def test_a_server_that_starts_removes_no_folder_that_another_one_just_made(
     assert place.folder.exists()
     place.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_was_stopped_while_it_was_restarted_is_cleaned_up_once(tmp_path: Path) -> None:
+    """Both do it, and a descriptor that is closed twice may be somebody else's by then."""
+    place = Workplace(tmp_path)
+    place.remove()
+    with (tmp_path / "another").open("w") as another:  # which may get the same number
+        place.remove()
+        another.write("still open")
+        another.flush()
+    assert [path.name for path in tmp_path.iterdir()] == ["another"]

@@ -36,6 +36,7 @@ class Workplace:
         except OSError:  # a checkout that belongs to somebody else
             self.folder = self._make(Path(tempfile.gettempdir()))
         self._since = time.time()
+        self._is_removed = False
 
     def _make(self, place: Path) -> Path:
         """The folder, which has its name only once it is locked: a server that starts meanwhile would remove it."""
@@ -46,7 +47,10 @@ class Workplace:
         return unlocked.rename(place / self.name)
 
     def remove(self) -> None:
-        """Once the server has ended."""
+        """Once the server has ended; a second time does nothing."""
+        if self._is_removed:
+            return
+        self._is_removed = True
         _remove(self.folder)
         os.close(self._lock)
         others = servers_since()
