@@ -23,6 +23,7 @@ from starlette.routing import Match
 from gateway.api import pages, responses, schemas
 from gateway.auth.api_keys import ApiKeys
 from gateway.auth.middleware import OPENAPI_SCHEMES, OPENAPI_SECURITY, Access
+from gateway.carried import Carried
 from gateway.http.body import (
     OPENAPI_BATCH_BODY,
     OPENAPI_PARAMETERS,
@@ -108,8 +109,8 @@ def create_app(
     @app.put("/v1/predict", summary="The same, for clients that put (`curl -T`)", operation_id="predict_put", **judging)
     @app.post("/v1/predict", summary="Judge one picture", operation_id="predict", **judging)
     async def predict_route(request: Request) -> Response:
-        state = request.scope["state"]
-        request_id, client, log = state["request_id"], state["client"], state["log"]
+        carried = Carried.of(request.scope)
+        request_id, client, log = carried.request_id, carried.client, carried.log
         caller = RequestInfo(request_id, client.name, deadline_of(request, settings))
         with service.predicting, memory.share() as share:
             if not request.scope["query_string"]:  # which may name another release
@@ -119,7 +120,7 @@ def create_app(
             caller = replace(caller, deadline=deadline_of(request, settings))
             with Bounded(request):
                 prediction = await service.judge(picture, caller, request.headers)
-        timing = responses.timing(prediction, state["started"])
+        timing = responses.timing(prediction, carried.started)
         body = responses.prediction(request_id, prediction, timing)
         metrics.predicted(body.model_version, body.route)
         log["release"], log["route"], log["label"] = body.model_version, body.route, body.label
@@ -146,7 +147,8 @@ def create_app(
         operation_id="predict_batch",
     )
     async def batch_route(request: Request) -> Response:
-        request_id, client = request.state.request_id, request.state.client
+        carried = Carried.of(request.scope)
+        request_id, client = carried.request_id, carried.client
         deadline = deadline_of(request, settings)
         with service.predicting, memory.share() as share:
             service.rates.spend(client.name, client.rate)
@@ -166,7 +168,7 @@ def create_app(
                 except Failure as failure:
                     return schemas.BatchProblem(problem=Problem.of(failure, caller.request_id, settings.root_path))
                 answer = responses.prediction(
-                    caller.request_id, prediction, responses.timing(prediction, request.state.started)
+                    caller.request_id, prediction, responses.timing(prediction, carried.started)
                 )
                 metrics.predicted(answer.model_version, answer.route)
                 return schemas.BatchAnswer(answer=answer)
@@ -176,9 +178,9 @@ def create_app(
                     tasks = [group.create_task(result(i, item)) for i, item in enumerate(items)]
         results = [task.result() for task in tasks]
         failed = [result.problem.code for result in results if isinstance(result, schemas.BatchProblem)]
-        request.state.log["items"], request.state.log["failed"] = len(results), dict(Counter(failed))
+        carried.log["items"], carried.log["failed"] = len(results), dict(Counter(failed))
         body = schemas.BatchResponse(request_id=request_id, results=results)
-        total = round((time.monotonic() - request.state.started) * 1e3, 3)
+        total = round((time.monotonic() - carried.started) * 1e3, 3)
         headers = {"Server-Timing": responses.server_timing({"total": total})}
         return Response(body.model_dump_json(), 200, headers, "application/json")
 
@@ -206,7 +208,7 @@ def create_app(
 
     @app.get("/", include_in_schema=False)
     async def root(request: Request) -> Response:
-        return RedirectResponse(f"{request.state.root}/docs")  # without a host: the client's own
+        return RedirectResponse(f"{Carried.of(request.scope).root}/docs")  # without a host: the client's own
 
     @app.get("/health/live", summary="Does the process run?", operation_id="live")
     async def live() -> schemas.Live:

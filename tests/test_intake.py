@@ -22,7 +22,6 @@ from starlette.types import Message
 
 from gateway.auth.api_keys import hash_of
 from gateway.http.body import Picture, read_batch, read_picture
-from gateway.http.deadline import DISCONNECT, Disconnect
 from gateway.http.forms import Form
 from gateway.http.json_body import Cut
 from gateway.http.memory import Memory, Share
@@ -255,7 +254,7 @@ def _request(headers: dict[str, str], body: bytes, chunk: int = 2**18) -> Reques
 
     pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": pairs}
-    return Request({**scope, "state": {DISCONNECT: Disconnect()}}, receive)
+    return Request({**scope, "state": {}}, receive)
 
 
 async def _read(request: Request, share: Share, is_batch: bool) -> list[Picture | Failure]:

@@ -16,8 +16,9 @@ import pytest
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway.http.deadline import DISCONNECT, TIMEOUT_HEADER, Bounded, Disconnect
-from gateway.http.middleware import REFUSAL, RequestContext
+from gateway.carried import Carried, Disconnect
+from gateway.http.deadline import TIMEOUT_HEADER, Bounded
+from gateway.http.middleware import RequestContext
 from gateway.metrics import Metrics
 from gateway.problems import Failure
 from perf.generator import Generator
@@ -100,8 +101,9 @@ def test_clients_that_leave_cost_triton_nothing(
 @pytest.mark.parametrize("ending", ["client_gone", "deadline_exceeded"])
 def test_work_that_was_ended_leaves_nothing_in_memory(ending: str) -> None:
     """At once, as in `test_a_picture_is_let_go_of_with_its_request`."""
-    departure = Disconnect()
-    request = Request({"type": "http", "state": {DISCONNECT: departure}})
+    disconnect = Disconnect()
+    request = Request({"type": "http", "state": {}})
+    Carried(disconnect).put_into(request.scope)
     there: weakref.ref[Disconnect] | None = None
 
     async def work() -> None:
@@ -109,7 +111,7 @@ def test_work_that_was_ended_leaves_nothing_in_memory(ending: str) -> None:
         picture = Disconnect()  # anything that can be watched
         there = weakref.ref(picture)
         with Bounded(request, 0.05 if ending == "deadline_exceeded" else None, lambda: Failure(ending, "late")):
-            asyncio.get_running_loop().call_later(0.1, departure.happen)
+            asyncio.get_running_loop().call_later(0.1, disconnect.happen)
             await asyncio.sleep(60)
 
     async def main() -> None:
@@ -139,7 +141,7 @@ def test_a_body_that_breaks_off_leaves_nothing_in_memory() -> None:
         await receive()
 
     async def receive() -> Message:
-        scope["state"][REFUSAL] = Failure("malformed_request", "the body has no end")
+        Carried.of(scope).refusal = Failure("malformed_request", "the body has no end")
         return {"type": "http.request", "body": b"", "more_body": True}
 
     async def send(message: Message) -> None:

@@ -12,12 +12,13 @@ import pytest
 
 from tests.conftest import ROOT
 
-GROUND = {"problems", "settings", "metrics", "logs", "supervision", "watched_file"}
+GROUND = {"carried", "problems", "settings", "metrics", "logs", "supervision", "watched_file"}
 ROOMS: dict[str, set[str]] = {
-    **{name: set() for name in sorted(GROUND)},
+    **{name: set() for name in sorted(GROUND - {"carried"})},
+    "carried": {"problems"},
     "api": {"problems"},
-    "auth": {"problems", "settings", "watched_file"},
-    "http": {"api", "auth", "metrics", "problems", "settings"},
+    "auth": {"carried", "problems", "settings", "watched_file"},
+    "http": {"api", "auth", "carried", "metrics", "problems", "settings"},
     "fetch": {"http", "problems", "settings"},
     "triton": {"problems", "settings", "supervision"},
     "dispatch": {"triton", "metrics", "problems", "settings", "supervision"},
@@ -29,7 +30,7 @@ ROOMS: dict[str, set[str]] = {
         "mirrors", "comparison", "predict", "dispatch", "routing", "triton", "fetch", "http", "auth", "api",
         "metrics", "problems", "settings", "supervision",
     },
-    "app": {"service", "predict", "http", "auth", "api", "metrics", "problems", "settings"},
+    "app": {"service", "predict", "http", "auth", "api", "carried", "metrics", "problems", "settings"},
     "__main__": {"app", "http", "auth", "logs", "metrics", "settings"},
 }  # fmt: skip
 """Each room with those that it imports, which stand above it. What is imported for types alone does not count."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.auth.api_keys import ApiKeys
+from gateway.carried import ANONYMOUS, Carried, Client
 from gateway.problems import Failure
 from gateway.settings import Settings
 
@@ -20,24 +20,13 @@ OPENAPI_SCHEMES = {
 OPENAPI_SECURITY: list[dict[str, list[str]]] = [{}, {"X-API-Key": []}, {"Bearer": []}]
 
 
-@dataclass(frozen=True)
-class Client:
-    """Who asks. `rate` is what the key allows, in pictures a second; None: as the settings say."""
-
-    name: str
-    rate: float | None = None
-
-
-ANONYMOUS = Client("anonymous")
-
-
 def is_open(path: str) -> bool:
     """Whether a path answers without a key, and when there are too many connections."""
     return any(path == start or path.startswith(f"{start}/") for start in _OPEN)
 
 
 class Access:
-    """Sets `state.client` of each request, or refuses it before anything of its body is read."""
+    """Finds out the client of each request, or refuses it before anything of its body is read."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self.app = app
@@ -49,7 +38,7 @@ class Access:
             await self.app(scope, receive, send)
             return
         needs_key = self.keys.are_needed and not is_open(scope["path"])
-        scope["state"]["client"] = self._client(Request(scope)) if needs_key else ANONYMOUS
+        Carried.of(scope).client = self._client(Request(scope)) if needs_key else ANONYMOUS
         await self.app(scope, receive, send)
 
     def _client(self, request: Request) -> Client:
@@ -63,7 +52,7 @@ class Access:
         if len(presented) > 1:
             raise Failure("invalid_api_key", "two different keys were sent")
         key = self.keys.owner(presented.pop())
-        request.state.log["client"] = key.client
+        Carried.of(request.scope).log["client"] = key.client
         return Client(key.client, key.rate)
 
 

@@ -5,7 +5,7 @@ there, before its body.
 
 Uvicorn bounds neither the size of a request's head nor the time that it takes, lets trailers into the headers, and
 answers what it cannot read in plain text. Here each of these is a `Failure` that takes the way of every other: it is
-left in the state of the request (`middleware.REFUSAL`), and answered, counted and logged there.
+left in what the request carries (`Carried.refusal`), and answered, counted and logged there.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from httptools import HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway.auth.middleware import is_open
+from gateway.carried import Carried, Disconnect
 from gateway.http.coalescing import Joined
-from gateway.http.deadline import DISCONNECT, Disconnect
 from gateway.http.draining import Draining
-from gateway.http.middleware import REFUSAL
 from gateway.metrics import Metrics
 from gateway.problems import Failure
 from gateway.settings import Settings
@@ -120,7 +119,7 @@ class Connection(HttpToolsProtocol):
         self._lingers_until: float | None = None
         self._fault = _UNREADABLE
         self._pieces = self._piece_bytes = 0  # of bodies, in what was read last
-        self._departure = Disconnect()
+        self._disconnect = Disconnect()
         self._idle_since = self.loop.time()
         self._is_one_too_many = False
 
@@ -146,7 +145,7 @@ class Connection(HttpToolsProtocol):
         self._stop_timer()
         self.metrics.connections.dec()
         super().connection_lost(exc)
-        self._departure.happen()
+        self._disconnect.happen()
 
     def data_received(self, data: bytes) -> None:
         """Read on, within the bounds. One call brings a bounded piece, so only what comes in many is counted here."""
@@ -173,7 +172,7 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_AHEAD:
             self._stop(f"more than {MAX_AHEAD} requests are sent ahead")
         super().on_message_begin()
-        self.scope["state"][DISCONNECT] = self._departure
+        Carried(self._disconnect).put_into(self.scope)
         self._has_begun = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -204,7 +203,7 @@ class Connection(HttpToolsProtocol):
             self.cycle.keep_alive = False
             refusal = Failure("too_many_connections", f"the limit is {self.settings.max_connections:,}")
         if refusal:
-            self.scope["state"][REFUSAL] = refusal  # the task that answers was made just now, and has not run yet
+            Carried.of(self.scope).refusal = refusal  # the task that answers was made just now, and has not run yet
 
     def on_body(self, body: bytes) -> None:
         """A piece of a body."""
@@ -283,7 +282,7 @@ class Connection(HttpToolsProtocol):
             # A request is being answered. If it is complete, what failed is the next one, whose answer has to wait
             # for its turn: closing after this one says enough.
             if self.cycle.more_body:
-                self.cycle.scope["state"][REFUSAL] = failure
+                Carried.of(self.cycle.scope).refusal = failure
                 self.cycle.message_event.set()
             else:
                 self.metrics.request("unknown", "none", failure.code, 0.0)
@@ -293,7 +292,7 @@ class Connection(HttpToolsProtocol):
             return
         super().on_message_begin()
         self.scope |= {"method": "", "path": "", "raw_path": b"", "query_string": b""}
-        self.scope["state"][REFUSAL] = failure
+        Carried.of(self.scope).refusal = failure
         self.cycle = RequestResponseCycle(
             scope=self.scope,
             transport=self.transport,

@@ -9,13 +9,11 @@ from types import TracebackType
 
 from starlette.requests import Request
 
+from gateway.carried import Carried
 from gateway.problems import Failure
 from gateway.settings import Settings
 
 TIMEOUT_HEADER = "X-Timeout-Ms"
-DISCONNECT = "departure"
-"""Where in a request's state its connection leaves a `Departure` (connection.py)."""
-
 TIMEOUT_PARAMETER = {
     "name": TIMEOUT_HEADER,
     "in": "header",
@@ -39,21 +37,7 @@ def deadline_of(request: Request, settings: Settings) -> float:
         return time.monotonic() + settings.deadline_s
     if not (text.isascii() and text.isdigit() and 1 <= len(text) <= 7 and 1 <= int(text) <= 3_600_000):
         raise Failure("invalid_request", f"{TIMEOUT_HEADER}: expected whole milliseconds from 1 to 3600000")
-    return float(request.state.started) + min(int(text) / 1000, settings.max_deadline_s)
-
-
-class Disconnect:
-    """Whether the client of a connection has left, and who wants to know at once."""
-
-    def __init__(self) -> None:
-        self.has_happened = False
-        self.then: Callable[[], None] | None = None
-
-    def happen(self) -> None:
-        """The connection is closed."""
-        self.has_happened = True
-        if self.then:
-            self.then()
+    return Carried.of(request.scope).started + min(int(text) / 1000, settings.max_deadline_s)
 
 
 class Bounded:
@@ -76,7 +60,7 @@ class Bounded:
         late: Callable[[], Failure] | None = None,
         more: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        self._departure: Disconnect = request.scope["state"][DISCONNECT]
+        self._disconnect = Carried.of(request.scope).disconnect
         self._seconds, self._late, self._more = seconds, late, more
         self._timer: asyncio.TimerHandle | None = None
         self._why: Callable[[], Failure] | None = None
@@ -85,12 +69,12 @@ class Bounded:
 
     def __enter__(self) -> Bounded:
         """Begin the block."""
-        if self._departure.has_happened:
+        if self._disconnect.has_happened:
             raise _gone()
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        self._departure.then = self._on_departure
+        self._disconnect.then = self._on_disconnect
         if self._seconds is not None:
             self._timer = asyncio.get_running_loop().call_later(max(0.0, self._seconds), self._on_time)
         return self
@@ -99,13 +83,13 @@ class Bounded:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """End the block; a cancellation that came from here becomes its failure."""
-        self._departure.then = None
+        self._disconnect.then = None
         if self._timer is not None:
             self._timer.cancel()
         if self._why is not None and kind is asyncio.CancelledError and not self._task.uncancel():
             raise self._why() from None
 
-    def _on_departure(self) -> None:
+    def _on_disconnect(self) -> None:
         self.end(_gone)
 
     def _on_time(self) -> None:

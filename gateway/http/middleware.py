@@ -18,12 +18,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.carried import Carried
 from gateway.metrics import Metrics
 from gateway.problems import MEDIA_TYPE, PROBLEMS, Failure, Problem
 
 REQUEST_ID = "x-request-id"
-REFUSAL = "refusal"
-"""Where in a request's state the connection leaves the `Failure` that it found (connection.py)."""
 _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -37,12 +36,13 @@ logger = logging.getLogger("gateway.request")
 
 def problem_response(request: Request, failure: Failure) -> Response:
     """The response for a failure; its code goes into the log line, with what is not the client's also the detail."""
-    kind, problem = PROBLEMS[failure.code], Problem.of(failure, request.state.request_id, request.state.root)
-    request.state.log["code"] = failure.code
+    carried = Carried.of(request.scope)
+    kind, problem = PROBLEMS[failure.code], Problem.of(failure, carried.request_id, carried.root)
+    carried.log["code"] = failure.code
     if kind.fault != "client":
-        request.state.log["detail"] = failure.detail
+        carried.log["detail"] = failure.detail
         if failure.cause:
-            request.state.log["cause"] = failure.cause
+            carried.log["cause"] = failure.cause
     headers = {}
     if kind.step == "connection" or kind.status in (408, 413):
         headers["Connection"] = "close"  # what else comes is not read
@@ -56,10 +56,7 @@ def problem_response(request: Request, failure: Failure) -> Response:
 
 
 class RequestContext:
-    """Gives each request `state.request_id`, `state.started` (monotonic seconds) and `state.log` (fields).
-
-    `root` is the path under which the service is reached: `state.root`.
-    """
+    """Fills what each request carries (carried.py): its id, when it began, its log line's fields, the root path."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, root: str = "") -> None:
         self.app = app
@@ -71,15 +68,15 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request, state = Request(scope), scope.setdefault("state", {})
+        scope.setdefault("state", {})
+        request, carried = Request(scope), Carried.of(scope)
         # HEAD is answered as GET; what is below leaves the body out.
         inner: Scope = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         sent = request.headers.get(REQUEST_ID, "")
         request_id = sent if _ACCEPTED_ID.fullmatch(sent) else secrets.token_hex(16)
         started = time.monotonic()
         log: dict[str, Any] = {"request_id": request_id, "method": scope["method"], "path": scope["path"][:200]}
-        state["request_id"], state["started"], state["log"] = request_id, started, log
-        state["root"] = self.root
+        carried.request_id, carried.started, carried.log, carried.root = request_id, started, log, self.root
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -93,10 +90,13 @@ class RequestContext:
             await send(message)
 
         def refuse_if_broken() -> None:
-            if (
-                REFUSAL in state
-            ):  # taken out: kept there, it would be part of a reference cycle, as in `deadline.Bounded`
-                raise state.pop(REFUSAL)
+            # Taken out: kept there, it would be part of a reference cycle, as in `deadline.Bounded`.
+            refusal, carried.refusal = carried.refusal, None
+            if refusal:
+                try:
+                    raise refusal
+                finally:
+                    del refusal
 
         async def receive_unless_broken() -> Message:
             message = await receive()
