@@ -128,6 +128,8 @@ def test_without_any_replica_requests_wait_a_moment_and_are_then_refused() -> No
         fleet.on_change(lambda: told.append(True))
         fleet.replicas[0].lose("it broke")
         assert fleet.replicas_for("defect-v1") == []
+        assert not told, "whoever noticed goes on first"
+        await asyncio.sleep(0)
         assert told
         told.clear()
         await asyncio.sleep(0.3)

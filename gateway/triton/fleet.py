@@ -303,6 +303,7 @@ class Fleet:
         self._settings = settings
         self.replicas: list[Replica] = []
         self._listeners: list[Callable[[], None]] = []
+        self._is_about_to_tell = False
         self._lost_at: float | None = -math.inf
         """When the last replica was lost; None while there is one."""
         self._tasks = Tasks()
@@ -402,6 +403,13 @@ class Fleet:
             self._lost_at = time.monotonic()
             # Who waits then has waited long enough.
             asyncio.get_running_loop().call_later(self._settings.patience_s, self._changed)
+        # Not at once: whoever noticed may be a call's own task, which a listener would cancel while it runs.
+        if not self._is_about_to_tell:
+            self._is_about_to_tell = True
+            asyncio.get_running_loop().call_soon(self._tell)
+
+    def _tell(self) -> None:
+        self._is_about_to_tell = False
         for listener in self._listeners:
             try:
                 listener()
