@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AliasChoices, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 import contract
@@ -24,6 +24,8 @@ Addresses = Annotated[
 
 
 _PREFIX = "GATEWAY_"
+_FORMER = ("patience_s",)
+"""Names that settings had, which go on working."""
 _LINK = re.compile(r"(tcp|udp)://")
 _SERVICE = re.compile(r"GATEWAY_(\w+_)?(SERVICE_(HOST|PORT)\w*|PORT(_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)?)")
 """What Kubernetes sets in every container for services whose names begin with `gateway`."""
@@ -33,7 +35,11 @@ class Settings(BaseSettings):
     """Defaults are safe for one machine: loopback only, bounded sizes and times."""
 
     model_config = SettingsConfigDict(
-        env_prefix=_PREFIX, env_ignore_empty=True, frozen=True, use_attribute_docstrings=True
+        env_prefix=_PREFIX,
+        env_ignore_empty=True,
+        frozen=True,
+        use_attribute_docstrings=True,
+        populate_by_name=True,
     )
 
     host: str = "127.0.0.1"
@@ -102,7 +108,9 @@ class Settings(BaseSettings):
     """Most pictures that wait for a release; clients share the room."""
     max_waiting_bytes: int = Field(default=256 * 2**20, ge=1)
     """Largest sum of the files that wait, of all releases."""
-    patience_s: float = Field(default=4.0, ge=0, le=60)
+    outage_wait_s: float = Field(
+        default=4.0, ge=0, le=60, validation_alias=AliasChoices("GATEWAY_OUTAGE_WAIT_S", "GATEWAY_PATIENCE_S")
+    )
     """Without any Triton, or with none that has the release answering, requests wait so long; then they are refused."""
     max_items: int = Field(default=32, ge=1, le=1024)
     """Most pictures in one request to /v1/predict/batch."""
@@ -167,7 +175,8 @@ class Settings(BaseSettings):
             return cls()
         except ValidationError as error:
             problems = [
-                f"GATEWAY_{'_'.join(map(str, e['loc'])).upper()}={e['input']!r}: {e['msg']}" for e in error.errors()
+                f"{_PREFIX}{'_'.join(map(str, e['loc'])).upper().removeprefix(_PREFIX)}={e['input']!r}: {e['msg']}"
+                for e in error.errors()
             ]
             if _LINK.match(os.environ.get("GATEWAY_PORT", "")):
                 problems.append("Kubernetes sets that for a service named gateway: enableServiceLinks: false stops it")
@@ -176,10 +185,10 @@ class Settings(BaseSettings):
     @classmethod
     def unknown(cls) -> dict[str, str]:
         """Variables that look like settings and are none, and what each may be meant for (empty: nobody knows)."""
-        found = {}
+        found, known = {}, {*cls.model_fields, *_FORMER}
         for variable in sorted(os.environ):
             prefix, name = variable[: len(_PREFIX)].upper(), variable[len(_PREFIX) :].lower()
-            if prefix == _PREFIX and name not in cls.model_fields and not _SERVICE.fullmatch(variable):
+            if prefix == _PREFIX and name not in known and not _SERVICE.fullmatch(variable):
                 close = get_close_matches(name, cls.model_fields, n=1)
                 found[variable] = f"{_PREFIX}{close[0].upper()}" if close else ""
         return found

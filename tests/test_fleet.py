@@ -119,7 +119,7 @@ def test_a_replica_that_is_lost_or_broken_takes_no_release_away(other: list[Know
 
 def test_without_any_replica_requests_wait_a_moment_and_are_then_refused() -> None:
     async def check() -> None:
-        fleet = fleet_of([release(1)], patience_s=0.2)
+        fleet = fleet_of([release(1)], outage_wait_s=0.2)
         assert fleet.replicas_for("defect-v1") == fleet.replicas
         with pytest.raises(TritonError) as none_has_it:
             fleet.replicas_for("defect-v9")

@@ -106,7 +106,7 @@ class World:
     """A dispatcher in front of these servers, which have both releases."""
 
     def __init__(self, *servers: Server, **settings: Any) -> None:
-        self.settings = Settings(**{"patience_s": 0.5, "refresh_s": 0.05, "probe_timeout_s": 0.2, **settings})
+        self.settings = Settings(**{"outage_wait_s": 0.5, "refresh_s": 0.05, "probe_timeout_s": 0.2, **settings})
         self.servers = servers
         self.fleet = Fleet(self.settings)
         self.metrics = Metrics()
@@ -178,7 +178,7 @@ def test_a_release_whose_step_died_takes_no_other_one_with_it(servers: int) -> N
 
 def test_a_release_that_failed_is_asked_again_once_it_answers_a_golden_picture() -> None:
     async def check() -> None:
-        async with World(Server(), patience_s=30) as world:
+        async with World(Server(), outage_wait_s=30) as world:
             (server,) = world.servers
             server.do[OTHER.name] = fails
             item = [asyncio.create_task(world.ask(OTHER.name)) for _ in range(10)]
@@ -195,7 +195,7 @@ def test_a_release_that_failed_is_asked_again_once_it_answers_a_golden_picture()
 
 def test_while_a_release_is_down_another_one_is_asked_at_once() -> None:
     async def check() -> None:
-        async with World(Server(), patience_s=30) as world:
+        async with World(Server(), outage_wait_s=30) as world:
             world.servers[0].do[OTHER.name] = fails
             first = asyncio.create_task(world.predict(OTHER, SOUND))  # alone with the process when it dies, so it waits
             while not world.fleet.is_down(OTHER.name):
@@ -403,7 +403,7 @@ def test_a_picture_that_ends_processes_is_known_again_by_who_asks_next() -> None
 
 def test_a_suspect_is_sent_to_no_other_release_while_it_waits() -> None:
     async def check() -> None:
-        async with World(Server(), patience_s=0.1) as world:
+        async with World(Server(), outage_wait_s=0.1) as world:
             (server,) = world.servers
             server.do[OTHER.name] = fails  # what it is sent to after the first death
 
@@ -423,7 +423,7 @@ def test_a_suspect_is_sent_to_no_other_release_while_it_waits() -> None:
 
 def test_copies_of_a_picture_that_ends_processes_are_refused_with_the_first_of_them() -> None:
     async def check() -> None:
-        async with World(*(Server() for _ in range(3)), group=1, patience_s=30) as world:
+        async with World(*(Server() for _ in range(3)), group=1, outage_wait_s=30) as world:
             asked = [asyncio.create_task(world.ask(OTHER.name, POISON)) for _ in range(40)]
             while not all(task.done() for task in asked):
                 await asyncio.sleep(1.2)  # as long as nothing comes back in less
@@ -437,7 +437,7 @@ def test_copies_of_a_picture_that_ends_processes_are_refused_with_the_first_of_t
 
 def test_a_picture_that_ends_processes_costs_nobody_else_an_answer() -> None:
     async def check() -> None:
-        async with World(Server(), patience_s=30) as world:
+        async with World(Server(), outage_wait_s=30) as world:
             (server,) = world.servers
             await asyncio.gather(*(world.ask(OTHER.name) for _ in range(40)))  # from now on they share calls
             asked = [asyncio.create_task(world.ask(OTHER.name, POISON if i == 17 else b"%d" % i)) for i in range(60)]
@@ -452,7 +452,7 @@ def test_a_picture_that_ends_processes_costs_nobody_else_an_answer() -> None:
 
 def test_a_picture_that_only_finds_processes_dead_is_never_blamed() -> None:
     async def check() -> None:
-        async with World(Server(), patience_s=30) as world:
+        async with World(Server(), outage_wait_s=30) as world:
             (server,) = world.servers
             for alive in ([False, True], [True, False], [False, False]) * 2:
                 server._alive = list(alive)

@@ -212,6 +212,17 @@ def test_a_wrong_setting_is_named_with_its_value(monkeypatch: pytest.MonkeyPatch
         Settings.read()
 
 
+def test_a_setting_is_known_by_its_former_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_PATIENCE_S", "7")
+    assert Settings.read().outage_wait_s == 7
+    assert Settings.unknown() == {}
+    monkeypatch.setenv("GATEWAY_OUTAGE_WAIT_S", "8")
+    assert Settings.read().outage_wait_s == 8
+    monkeypatch.setenv("GATEWAY_OUTAGE_WAIT_S", "x")
+    with pytest.raises(SystemExit, match="GATEWAY_OUTAGE_WAIT_S='x'"):
+        Settings.read()
+
+
 def test_an_app_can_be_made_without_anything_running() -> None:
     assert create_app(Settings()).openapi()["info"]["version"] == "v1"
 

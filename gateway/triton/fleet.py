@@ -266,7 +266,7 @@ class Replica:
 
     def _remind(self) -> None:
         """Have requests that still wait once the outage wait is over refused."""
-        asyncio.get_running_loop().call_later(self._settings.patience_s, self._on_change)
+        asyncio.get_running_loop().call_later(self._settings.outage_wait_s, self._on_change)
 
     async def _try(self, suspicion: Suspicion) -> bool:
         """Try once more what failed; returns whether that is over."""
@@ -336,14 +336,14 @@ class Fleet:
         """
         there = self.available()
         if not there:
-            if self._lost_at is not None and time.monotonic() - self._lost_at < self._settings.patience_s:
+            if self._lost_at is not None and time.monotonic() - self._lost_at < self._settings.outage_wait_s:
                 return []
             raise TritonError(grpc.StatusCode.UNAVAILABLE, self.faults())
         having = [replica for replica in there if replica.serves(release)]
         if not having:
             raise TritonError(grpc.StatusCode.NOT_FOUND, f"no server has {release} ready")
         able = [replica for replica in having if release not in replica.suspicions]
-        if not able and time.monotonic() - self._down_since(release, having) >= self._settings.patience_s:
+        if not able and time.monotonic() - self._down_since(release, having) >= self._settings.outage_wait_s:
             raise TritonError(grpc.StatusCode.NOT_FOUND, self.suspicions(release))
         return [replica for replica in able if not replica.is_late] or able
 
@@ -402,7 +402,7 @@ class Fleet:
         elif self._lost_at is None:
             self._lost_at = time.monotonic()
             # Who waits then has waited long enough.
-            asyncio.get_running_loop().call_later(self._settings.patience_s, self._changed)
+            asyncio.get_running_loop().call_later(self._settings.outage_wait_s, self._changed)
         # Not at once: whoever noticed may be a call's own task, which a listener would cancel while it runs.
         if not self._is_about_to_tell:
             self._is_about_to_tell = True
