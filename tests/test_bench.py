@@ -123,9 +123,9 @@ def test_a_verdict_needs_every_round(target: Target, met: tuple[float, ...], mis
 
 def test_targets_are_judged_where_both_sides_were_measured() -> None:
     measured = runs(95, 96)
-    ((target, load, values),) = targets.prediction(measured, targets.TARGETS)
+    ((target, load, values),) = targets.judged(measured, targets.TARGETS)
     assert (target.against, load, values) == (LIMIT, SIXTEEN, [0.95, 0.96])
-    assert not list(targets.prediction([run for run in measured if run.contender == STACK], targets.TARGETS))
+    assert not list(targets.judged([run for run in measured if run.contender == STACK], targets.TARGETS))
 
 
 def test_pictures_are_made_to_the_size_of_a_camera(tmp_path: Path) -> None:

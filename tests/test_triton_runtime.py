@@ -135,7 +135,7 @@ def test_tensorrt_is_an_option() -> None:
 def test_where_the_model_runs_is_an_option(device: str) -> None:
     serving = config.Serving.model_validate({"classifier": {"device": device, "instances": 2}})
     (group,) = config.classifier("defect", [1], 224, 2, serving).instance_group
-    assert group.kind == config.pb.ModelInstanceGroup.ProblemType.Value(f"KIND_{device.upper()}")
+    assert group.kind == config.pb.ModelInstanceGroup.Kind.Value(f"KIND_{device.upper()}")
     assert group.count == 2
 
 

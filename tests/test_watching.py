@@ -116,7 +116,7 @@ def test_whatever_goes_wrong_with_a_drop_is_said_once_and_the_next_is_looked_at(
         monkeypatch.setattr(exam, "state_of", failing(exam.state_of, lambda folder: folder.name == "2"))
     elif where == "examined":
         is_it = lambda _self, _pipeline, numbers, _report: numbers == {"classifier": 2}  # noqa: E731
-        monkeypatch.setattr(Examiner, "release_drop", failing(Examiner.publish_drop, is_it))
+        monkeypatch.setattr(Examiner, "publish_drop", failing(Examiner.publish_drop, is_it))
     else:
         is_it = lambda _self, pipeline: pipeline == "aside"  # noqa: E731
         monkeypatch.setattr(Repository, "reconcile", failing(Repository.reconcile, is_it))
