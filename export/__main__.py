@@ -105,10 +105,15 @@ def _run(arguments: list[str]) -> int:
     try:
         examiner = publish.examiner_of(options)
         repository = examiner.repository
+        try:
+            for folder, verdict in links.refuse(repository).items():
+                report(f"NO  {folder}: {verdict.cause}")
+            for path, target in links.sweep(repository).items():
+                report(f"removed {path}, a link to {target}: Triton would follow it at every poll")
+        except (RepositoryError, OSError) as error:
+            report(f"trouble: {error}")
         for pipeline in repository.pipelines():
             try:
-                for folder, verdict in links.refuse(repository, pipeline).items():
-                    report(f"NO  {folder}: {verdict.cause}")
                 repository.reconcile(pipeline)
             except (RepositoryError, OSError) as error:  # perhaps another pipeline's; if not, it is met again below
                 report(f"trouble: {pipeline}: {error}")

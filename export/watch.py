@@ -105,12 +105,15 @@ class Watcher:
             return
         with self._minding("folders"):
             self._name_bare_folders()
+        with self._minding("links"):
+            for folder, verdict in links.refuse(self.repository).items():
+                self._event("refused", drop=self._place(folder), cause=verdict.cause)
+            for path, target in links.sweep(self.repository).items():
+                how = f"the link to {target} is removed: Triton would follow it at every poll"
+                self._event("repaired", path=self._place(path), how=how)
         for drop in [drop for drop in self._seen if drop.pipeline not in pipelines]:
             self._forget(drop)
         for pipeline in pipelines:
-            with self._minding("links", pipeline=pipeline):  # before anything walks through the repository
-                for folder, verdict in links.refuse(self.repository, pipeline).items():
-                    self._event("refused", drop=self._place(folder), cause=verdict.cause)
             with self._minding("repair", pipeline=pipeline):
                 for path, how in self.repository.reconcile(pipeline).items():
                     self._event("repaired", path=self._place(path), how=how)

@@ -404,6 +404,28 @@ def test_a_folder_without_a_configuration_is_named_once_it_stays(tiny: Repositor
     assert names(events) == ["stray"] * 2
 
 
+@pytest.mark.parametrize("where", ["notes", "tiny_classifier/data", "tiny_classifier/1/data", "tiny-v1/data"])
+def test_a_link_to_a_folder_is_removed_wherever_it_lies(tiny: Repository, where: str) -> None:
+    link = tiny.root / where
+    link.symlink_to("/proc")
+    watcher = watcher_of(tiny, events := [])
+    for _ in range(3):
+        watcher.look()
+    assert [(event["event"], event["path"]) for event in events] == [("repaired", where)]
+    assert events[0]["how"].startswith("the link to /proc is removed")
+    assert not link.is_symlink()
+    assert tiny.lacks(tiny.releases("tiny")[0]) == {}
+
+
+def test_a_model_may_lie_elsewhere(tiny: Repository, tmp_path: Path) -> None:
+    folder = tiny.root / "tiny_postprocess"
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    watcher_of(tiny, events := []).look()
+    assert events == []
+    assert folder.is_symlink()
+
+
 def test_links_to_folders_are_gone_before_triton_starts(tiny: Repository) -> None:
     """Else it would not come up."""
     link = tiny.step_folder("tiny", "classifier", 20)
