@@ -7,7 +7,6 @@ any repository; what only releases have (digests, pins) is looked at where there
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import stat
 import time
@@ -92,8 +91,13 @@ def _entries(root: Path) -> Iterator[Finding]:
         if Path(folder) != root:  # in a model, what is hidden is read by nobody
             names[:], files[:] = ([name for name in each if not is_hidden(name)] for each in (names, files))
         for path in (Path(folder, name) for name in (*names, *files)):
-            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            try:
                 yield from _entry(root, path)
+            except FileNotFoundError:
+                pass  # removed meanwhile
+            except OSError as error:  # so deep that its path is too long, say
+                place = str(path.relative_to(root))
+                yield _error(place[:200], f"cannot be looked at: {error.strerror}", "move it out")
     for path in sorted(root.iterdir()):
         if path.is_dir() and not holds_config(path):
             yield _error(path.name, "a folder without config.pbtxt: Triton fails on it at every poll", "move it out")

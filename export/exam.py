@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field
 
 import contract
 from contract.tables import Table
-from export import bounded, rights
+from export import bounded, rights, walk
 from export.exam_worker import CHECKS, REQUIRED, Check, Job
 from export.steps import VERDICT, NoModel, Step, is_hidden, is_picture
 
@@ -226,7 +226,7 @@ def state_of(folder: Path) -> str:
     if folder.is_symlink():
         return f"a link\nto {os.readlink(folder)}"  # through which it could be a whole file system
     entries = [f"{folder.lstat().st_mode:o}"]
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(walk.below(folder)):
         if path.name != VERDICT and not any(map(is_hidden, path.relative_to(folder).parts)):
             with suppress(OSError):
                 entry = path.lstat()

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import contract
-from export import exam
+from export import exam, walk
 from export.exam import Verdict
 from export.exam_worker import Check
 from export.publish import write_verdict
@@ -75,8 +76,10 @@ def sweep(repository: Repository) -> dict[Path, str]:
 
 
 def _to_folders(folder: Path) -> Iterator[Path]:
-    for parent, names, _ in os.walk(folder):  # which names links to folders, and does not follow them
-        yield from (path for name in names if (path := Path(parent, name)).is_symlink())
+    for path in walk.below(folder):
+        with suppress(OSError):  # as `walk.below` says
+            if path.is_symlink() and path.is_dir():
+                yield path
 
 
 def _remove(paths: Iterable[Path]) -> dict[Path, str]:

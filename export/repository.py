@@ -20,7 +20,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 import contract
 from contract import Manifest, StepPin
-from export import config, rights
+from export import config, rights, walk
 from export.atomic import Staging
 from export.candidate import Candidate
 from export.steps import NoModel, Step
@@ -449,7 +449,7 @@ class Repository:
         that is dated in the future, even after it was removed, would hide every later release.
         """
         dates = [self._newest.get(folder, 0)]
-        for path in folder.rglob("*"):
+        for path in walk.below(folder):
             with contextlib.suppress(OSError):
                 dates.append(path.lstat().st_mtime_ns)
         self._newest[folder] = max(dates)

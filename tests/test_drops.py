@@ -32,6 +32,7 @@ from export.watch import Watcher
 from tests import drops
 from tests.conftest import EXAMPLES, ROOT, free_endpoint, wait_for
 from tests.test_export import SERVING, snapshot
+from triton_runtime import server
 from triton_runtime.server import TritonServer
 
 PICTURE = EXAMPLES[0].read_bytes()
@@ -402,6 +403,31 @@ def test_a_folder_without_a_configuration_is_named_once_it_stays(tiny: Repositor
     watcher.look()
     watcher.look()
     assert names(events) == ["stray"] * 2
+
+
+def test_a_drop_with_a_path_that_is_too_long_is_in_nobodys_way(tiny: Repository) -> None:
+    folder = tiny.step_folder("tiny", "classifier", 20)
+    folder.mkdir()
+    here = os.open(folder, os.O_RDONLY)
+    try:
+        for _ in range(20):  # step by step, since no call takes all of it
+            os.mkdir("b" * 250, dir_fd=here)
+            below = os.open("b" * 250, os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = below
+        with open(os.open("deep", os.O_CREAT | os.O_WRONLY, dir_fd=here), "w") as deep:
+            deep.write("deep")
+    finally:
+        os.close(here)
+    drop(tiny, 21)
+    watcher = watcher_of(tiny, events := [])
+    for _ in range(3):
+        watcher.look()
+    assert "trouble" not in names(events), events
+    ends = {event["drop"]: event["event"] for event in events if event["event"] in ("refused", "published")}
+    assert ends == {"tiny_classifier/20": "refused", "tiny_classifier/21": "published"}
+    server._date_later(tiny.step_folder("tiny", "classifier", 1) / "model.onnx")
+    assert any("File name too long" in finding.problem for finding in doctor.inspect(tiny.root))
 
 
 @pytest.mark.parametrize("where", ["notes", "tiny_classifier/data", "tiny_classifier/1/data", "tiny-v1/data"])

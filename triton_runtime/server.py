@@ -375,8 +375,12 @@ def _date_later(file: Path) -> None:
     The content stays what was published. A later date of the model's config.pbtxt alone would change nothing.
     """
     folder = file.parent.parent
-    newest = max(path.lstat().st_mtime_ns for path in (folder, *folder.rglob("*")))
-    date = max(time.time_ns(), newest + 1_000_000_000)
+    dates = [folder.lstat().st_mtime_ns]
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            with contextlib.suppress(OSError):  # just removed, or so deep that its path is too long
+                dates.append(os.lstat(os.path.join(parent, name)).st_mtime_ns)
+    date = max(time.time_ns(), max(dates) + 1_000_000_000)
     os.utime(file, ns=(date, date))
 
 
