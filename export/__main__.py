@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import sys
@@ -105,9 +106,11 @@ def _run(arguments: list[str]) -> int:
     try:
         examiner = publish.examiner_of(options)
         repository = examiner.repository
+        for pipeline in repository.pipelines():
+            with contextlib.suppress(RepositoryError, OSError):  # which is said below
+                for folder, verdict in links.refuse(repository, pipeline).items():
+                    report(f"NO  {folder}: {verdict.cause}")
         try:
-            for folder, verdict in links.refuse(repository).items():
-                report(f"NO  {folder}: {verdict.cause}")
             for path, target in links.sweep(repository).items():
                 report(f"removed {path}, a link to {target}: Triton would follow it at every poll")
         except (RepositoryError, OSError) as error:

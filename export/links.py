@@ -21,7 +21,7 @@ from export.publish import write_verdict
 from export.repository import Repository, holds_config
 
 
-def refuse(repository: Repository) -> dict[Path, Verdict]:
+def refuse(repository: Repository, pipeline: str) -> dict[Path, Verdict]:
     """Take links to folders out of every version that no release pins. Returns the verdicts that this left there.
 
     A version that is itself a link becomes a folder. Where a link led is in the verdict.
@@ -31,12 +31,11 @@ def refuse(repository: Repository) -> dict[Path, Verdict]:
         RepositoryError: a release cannot be read, so nobody knows what it pins.
     """
     refused = {}
-    for pipeline in repository.pipelines():
-        for step in contract.STEPS:
-            for number in repository.unpinned(pipeline, step):
-                folder = repository.step_folder(pipeline, step, number)
-                if verdict := _refuse(repository, folder):
-                    refused[folder] = verdict
+    for step in contract.STEPS:
+        for number in repository.unpinned(pipeline, step):
+            folder = repository.step_folder(pipeline, step, number)
+            if verdict := _refuse(repository, folder):
+                refused[folder] = verdict
     return refused
 
 
@@ -58,20 +57,26 @@ def _refuse(repository: Repository, folder: Path) -> Verdict | None:
 def sweep(repository: Repository) -> dict[Path, str]:
     """Remove the links to folders that lie anywhere else. Returns where each led.
 
+    In the steps of a pipeline of which a release cannot be read everything stays: nobody knows what it pins.
+
     Raises:
         OSError: the repository cannot be written.
-        RepositoryError: a release cannot be read, so nobody knows what may stay.
     """
-    pinned = {
-        repository.step_folder(pipeline, step, release.steps[step].version)
-        for pipeline in repository.pipelines()
-        for release in repository.releases(pipeline)
-        for step in contract.STEPS
-    }
+    pinned, unknown = set(), set()
+    for pipeline in repository.pipelines():
+        steps = {step: repository.root / contract.step_model(pipeline, step) for step in contract.STEPS}
+        try:
+            releases = repository.releases(pipeline)
+        except Exception:  # whatever it is, it is said where the pipeline is looked at
+            unknown |= set(steps.values())
+            continue
+        pinned |= {steps[step] / str(release.steps[step].version) for release in releases for step in steps}
     return _remove(
         path
         for path in _to_folders(repository.root)
-        if path not in pinned and not (path.parent == repository.root and holds_config(path))
+        if path not in pinned
+        and unknown.isdisjoint((path, *path.parents))
+        and not (path.parent == repository.root and holds_config(path))
     )
 
 

@@ -105,9 +105,11 @@ class Watcher:
             return
         with self._minding("folders"):
             self._name_bare_folders()
+        for pipeline in pipelines:  # before anything walks through the repository
+            with self._minding("links", pipeline=pipeline):
+                for folder, verdict in links.refuse(self.repository, pipeline).items():
+                    self._event("refused", drop=self._place(folder), cause=verdict.cause)
         with self._minding("links"):
-            for folder, verdict in links.refuse(self.repository).items():
-                self._event("refused", drop=self._place(folder), cause=verdict.cause)
             for path, target in links.sweep(self.repository).items():
                 how = f"the link to {target} is removed: Triton would follow it at every poll"
                 self._event("repaired", path=self._place(path), how=how)
