@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import os
 import sys
@@ -106,12 +105,11 @@ def _run(arguments: list[str]) -> int:
     try:
         examiner = publish.examiner_of(options)
         repository = examiner.repository
-        for pipeline in repository.pipelines():
-            with contextlib.suppress(RepositoryError, OSError):  # which is said below
-                for folder, verdict in links.refuse(repository, pipeline).items():
-                    report(f"NO  {folder}: {verdict.cause}")
         try:
-            for path, target in links.sweep(repository).items():
+            cleared = links.clear(repository)
+            for folder, verdict in cleared.refused.items():
+                report(f"NO  {folder}: {verdict.cause}")
+            for path, target in cleared.removed.items():
                 report(f"removed {path}, a link to {target}: Triton would follow it at every poll")
         except (RepositoryError, OSError) as error:
             report(f"trouble: {error}")

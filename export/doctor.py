@@ -22,7 +22,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 import contract
 from export import config, graph, rights
-from export.repository import holds_config, is_version, told
+from export.repository import BARE, bare_folders, holds_config, is_version, told
 from export.steps import REPOSITORY, NoModel, Step, is_hidden
 
 _CLOCK_SLACK_S = 60
@@ -98,9 +98,8 @@ def _entries(root: Path) -> Iterator[Finding]:
             except OSError as error:  # so deep that its path is too long, say
                 place = str(path.relative_to(root))
                 yield _error(place[:200], f"cannot be looked at: {error.strerror}", "move it out")
-    for path in sorted(root.iterdir()):
-        if path.is_dir() and not holds_config(path):
-            yield _error(path.name, "a folder without config.pbtxt: Triton fails on it at every poll", "move it out")
+    for path in bare_folders(root):
+        yield _error(path.name, BARE, "move it out")
 
 
 def _entry(root: Path, path: Path) -> Iterator[Finding]:

@@ -9,86 +9,99 @@ Two kinds stay. A whole model may lie elsewhere, and so may a version that a rel
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import contract
-from export import exam, walk
+from export import exam
 from export.exam import Verdict
 from export.exam_worker import Check
 from export.publish import write_verdict
-from export.repository import Repository, holds_config
+from export.repository import Repository, holds_config, is_version
 
 
-def refuse(repository: Repository, pipeline: str) -> dict[Path, Verdict]:
-    """Take links to folders out of every version that no release pins. Returns the verdicts that this left there.
+@dataclass(frozen=True)
+class Cleared:
+    """What was done: the verdicts that are left on versions that no release pins, and where other links led."""
 
-    A version that is itself a link becomes a folder. Where a link led is in the verdict.
-
-    Raises:
-        OSError: the repository cannot be written.
-        RepositoryError: a release cannot be read, so nobody knows what it pins.
-    """
-    refused = {}
-    for step in contract.STEPS:
-        for number in repository.unpinned(pipeline, step):
-            folder = repository.step_folder(pipeline, step, number)
-            if verdict := _refuse(repository, folder):
-                refused[folder] = verdict
-    return refused
+    refused: dict[Path, Verdict] = field(default_factory=dict)
+    removed: dict[Path, str] = field(default_factory=dict)
 
 
-def _refuse(repository: Repository, folder: Path) -> Verdict | None:
-    links = _remove([folder] if folder.is_symlink() else _to_folders(folder))
-    if not links:
-        return None
-    folder.mkdir(exist_ok=True)
-    places = [
-        f"{path.relative_to(repository.root)} is a link to {target}: copy what it stands for instead"
-        for path, target in links.items()
-    ]
-    check = Check(name="files", passed=False, detail="; ".join(places))
-    verdict = Verdict(passed=False, checks=[check], seen=exam.state_of(folder))
-    write_verdict(repository, folder, verdict)
-    return verdict
+def clear(repository: Repository) -> Cleared:
+    """Remove the links to folders. In a version that no release pins, the verdict says where each led.
 
-
-def sweep(repository: Repository) -> dict[Path, str]:
-    """Remove the links to folders that lie anywhere else. Returns where each led.
-
-    In the steps of a pipeline of which a release cannot be read everything stays: nobody knows what it pins.
+    Such a version that is itself a link becomes a folder. In the steps of a pipeline of which a release cannot be read
+    everything stays: nobody knows what it pins.
 
     Raises:
         OSError: the repository cannot be written.
     """
-    pinned, unknown = set(), set()
+    cleared = Cleared()
+    links = list(_to_folders(repository.root))
+    if not links:  # nearly always, so what releases pin need not be read at each look
+        return cleared
+    steps, pinned, unknown = _versions(repository)
+    dropped: dict[Path, list[Path]] = defaultdict(list)
+    others = []
+    for path in links:
+        model, *rest = path.relative_to(repository.root).parts
+        version = repository.root.joinpath(model, *rest[:1])
+        if model in unknown or path in pinned:
+            continue
+        if model in steps and rest and is_version(version.name) and version not in pinned:
+            dropped[version].append(path)
+        else:
+            others.append(path)
+    for version, paths in dropped.items():
+        cleared.refused[version] = _refuse(repository, version, paths)
+    cleared.removed.update(_remove(others))
+    return cleared
+
+
+def _versions(repository: Repository) -> tuple[set[str], set[Path], set[str]]:
+    """The models that are steps, the versions that are pinned, and the steps of which nobody knows what is."""
+    steps, pinned, unknown = set(), set(), set()
     for pipeline in repository.pipelines():
-        steps = {step: repository.root / contract.step_model(pipeline, step) for step in contract.STEPS}
+        models = {step: contract.step_model(pipeline, step) for step in contract.STEPS}
+        steps |= set(models.values())
         try:
             releases = repository.releases(pipeline)
         except Exception:  # whatever it is, it is said where the pipeline is looked at
-            unknown |= set(steps.values())
+            unknown |= set(models.values())
             continue
-        pinned |= {steps[step] / str(release.steps[step].version) for release in releases for step in steps}
-    return _remove(
-        path
-        for path in _to_folders(repository.root)
-        if path not in pinned
-        and unknown.isdisjoint((path, *path.parents))
-        and not (path.parent == repository.root and holds_config(path))
-    )
+        pinned |= {
+            repository.step_folder(pipeline, step, release.steps[step].version)
+            for release in releases
+            for step in contract.STEPS
+        }
+    return steps, pinned, unknown
 
 
-def _to_folders(folder: Path) -> Iterator[Path]:
-    for path in walk.below(folder):
-        with suppress(OSError):  # as `walk.below` says
-            if path.is_symlink() and path.is_dir():
+def _refuse(repository: Repository, version: Path, links: Iterable[Path]) -> Verdict:
+    places = [
+        f"{path.relative_to(repository.root)} is a link to {target}: copy what it stands for instead"
+        for path, target in _remove(links).items()
+    ]
+    version.mkdir(exist_ok=True)
+    check = Check(name="files", passed=False, detail="; ".join(places))
+    verdict = Verdict(passed=False, checks=[check], seen=exam.state_of(version))
+    write_verdict(repository, version, verdict)
+    return verdict
+
+
+def _to_folders(root: Path) -> Iterator[Path]:
+    """The links to folders, but for whole models."""
+    for parent, names, _ in os.walk(root):  # which names them, and does not follow them
+        for path in (Path(parent, name) for name in names if os.path.islink(os.path.join(parent, name))):
+            if path.parent != root or not holds_config(path):
                 yield path
 
 
 def _remove(paths: Iterable[Path]) -> dict[Path, str]:
-    removed = {path: os.readlink(path) for path in list(paths)}
+    removed = {path: os.readlink(path) for path in paths}
     for path in removed:
         path.unlink()
     return removed

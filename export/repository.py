@@ -68,6 +68,14 @@ their numbers are given again nor their versions taken for drops."""
 _OURS = {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO}
 
 
+BARE = "a folder without config.pbtxt: Triton fails on it at every poll"
+
+
+def bare_folders(root: Path) -> list[Path]:
+    """The folders in a repository that Triton takes for models, and that have no configuration."""
+    return [path for path in sorted(root.iterdir()) if path.is_dir() and not holds_config(path)]
+
+
 def holds_config(folder: Path) -> bool:
     """Whether a folder has a config.pbtxt; one that must not be looked into may have, and reading it says so."""
     try:

@@ -24,7 +24,7 @@ import contract
 from export import exam, links, publish, rights
 from export.exam import Report
 from export.publish import Examiner, Refused, Withdrawn
-from export.repository import Repository, holds_config, is_version, told
+from export.repository import BARE, Repository, bare_folders, is_version, told
 
 _EPILOG = """Writes a JSON object a line: what was seen, each check of an exam, what was published or refused and why.
 Ends with SIGTERM or Ctrl-C.
@@ -105,12 +105,11 @@ class Watcher:
             return
         with self._minding("folders"):
             self._name_bare_folders()
-        for pipeline in pipelines:  # before anything walks through the repository
-            with self._minding("links", pipeline=pipeline):
-                for folder, verdict in links.refuse(self.repository, pipeline).items():
-                    self._event("refused", drop=self._place(folder), cause=verdict.cause)
-        with self._minding("links"):
-            for path, target in links.sweep(self.repository).items():
+        with self._minding("links"):  # before anything walks through the repository
+            cleared = links.clear(self.repository)
+            for folder, verdict in cleared.refused.items():
+                self._event("refused", drop=self._place(folder), cause=verdict.cause)
+            for path, target in cleared.removed.items():
                 how = f"the link to {target} is removed: Triton would follow it at every poll"
                 self._event("repaired", path=self._place(path), how=how)
         for drop in [drop for drop in self._seen if drop.pipeline not in pipelines]:
@@ -236,11 +235,10 @@ class Watcher:
 
     def _name_bare_folders(self) -> None:
         """Say, once, which folders are no models for Triton. One that is being copied here has until the next look."""
-        bare = [path for path in self.repository.root.iterdir() if path.is_dir() and not holds_config(path)]
+        bare = bare_folders(self.repository.root)
         for path in bare:
             if self._bare.get(path) is False:
-                cause = "a folder without config.pbtxt: Triton fails on it at every poll: move it out"
-                self._event("stray", path=self._place(path), cause=cause)
+                self._event("stray", path=self._place(path), cause=f"{BARE}: move it out")
         self._bare = {path: path in self._bare for path in bare}
 
     def _event(self, event: str, **fields: str) -> None:

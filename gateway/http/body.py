@@ -2,7 +2,7 @@
 
 Bounded in size and time, and in what all bodies hold together; nothing is written to disk. A body is read up to its
 limit and no further, compressed or not. However large it is, and whatever is in it, other requests go on meanwhile:
-what takes long is done in pieces (forms.py, cutting.py).
+what takes long is done in pieces (forms.py, json_body.py).
 """
 
 from __future__ import annotations
