@@ -266,14 +266,14 @@ class _Protocol:
         self._pictures = {path.name for path in job.pictures}
         self._left = list(CHECKS)
         self._begun = False
-        self._given_up = False
+        self._is_over = False
         self.running = "start"
         self.recorded: Recorded | None = None
 
     @property
     def lacking(self) -> str:
         """What a worker that ended in order should have said and did not."""
-        if self._given_up or self.recorded:
+        if self._is_over or self.recorded:
             return ""
         return f"without a word on {self._left[0]}" if self._left else "without a record of its answers"
 
@@ -297,7 +297,7 @@ class _Protocol:
         return ""
 
     def _begin(self, name: str) -> None:
-        if self._begun or self._given_up or self._left[:1] != [name]:
+        if self._begun or self._is_over or self._left[:1] != [name]:
             raise ValueError(name)
         self._begun, self.running = True, name
         self._report(f"... {name}")
@@ -307,7 +307,7 @@ class _Protocol:
             raise ValueError(check.name)
         self._begun = False
         del self._left[0]
-        self._given_up = not check.passed and check.name in REQUIRED
+        self._is_over = not check.passed and check.name in REQUIRED
         self._add(check.model_copy(update={"detail": check.detail[:_MOST_DETAIL]}))
 
     def _record(self, recorded: Recorded) -> None:

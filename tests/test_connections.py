@@ -114,7 +114,7 @@ def test_a_body_that_nobody_asked_for_does_not_go_on_for_ever(strict: GatewayPro
         assert is_closed(connection)
 
 
-def test_a_client_that_takes_no_answers_is_given_up(strict: GatewayProcess) -> None:
+def test_a_client_that_takes_no_answers_is_disconnected(strict: GatewayProcess) -> None:
     request = b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
     with connect(strict.port, receive_buffer=4096) as connection:
         connection.sendall(request * 20)

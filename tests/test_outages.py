@@ -65,7 +65,7 @@ def test_a_stuck_server_costs_no_more_than_the_deadline(jpeg: bytes, pristine: P
         wait_for(lambda: predict(gateway, jpeg).status_code == 200)
 
 
-def test_a_slow_body_is_given_up(triton: Endpoint, tmp_path: Path) -> None:
+def test_a_slow_body_is_ended(triton: Endpoint, tmp_path: Path) -> None:
     head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: 5000\r\n\r\n"
     with (
         GatewayProcess(triton, tmp_path / "log", body_timeout_s=0.5) as gateway,

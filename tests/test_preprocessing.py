@@ -286,7 +286,7 @@ def test_scans_reach_the_decoder_a_few_at_a_time() -> None:
         assert len(piece) == 65536 or piece.endswith(b"\xff\xda") or piece is pieces[-1]
 
 
-def test_a_picture_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_takes_too_long_is_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here: hundreds of scans that no limit counted. Whole, they would take several times as long."""
     monkeypatch.setattr(PREPROCESSING, "MAX_SCANS", 10**6)
     monkeypatch.setattr(PREPROCESSING, "MAX_SCANNED", 10**15)
@@ -318,7 +318,7 @@ def endless() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("case", endless())
-def test_what_never_comes_to_the_pixels_is_given_up(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_never_comes_to_the_pixels_is_abandoned(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PREPROCESSING, "MAX_SECONDS", 0.1)
     with pytest.raises(PictureError, match="decoding takes longer"):
         preprocess(endless()[case])

@@ -50,7 +50,7 @@ class Failing(Child):
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_part_that_cannot_run_is_given_up_with_its_status(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_part_that_cannot_run_ends_the_rest_with_its_status(capsys: pytest.CaptureFixture[str]) -> None:
     with Failing(1000) as part, Child("tests.stubborn", stdout=subprocess.PIPE, grace_seconds=0) as other:
         status = Supervisor({"gateway": part, "watcher": other}).run()
         assert other.poll() is None
@@ -96,7 +96,7 @@ def test_a_part_that_ends_now_and_then_is_started_again_each_time(monkeypatch: p
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_part_that_lacks_something_is_tried_again_and_given_up(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_part_that_lacks_something_is_tried_again_and_then_no_more(capsys: pytest.CaptureFixture[str]) -> None:
     class Part:
         def poll(self) -> int | None:
             return 7

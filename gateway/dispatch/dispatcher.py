@@ -378,7 +378,7 @@ class Dispatcher:
         """
         manifest, deaths = self._fleet.manifest(queue.release), call.replica.deaths
         try:
-            if manifest is not None and deaths.were_met_of_late(steps_of(manifest)):
+            if manifest is not None and deaths.were_met_lately(steps_of(manifest)):
                 await asyncio.sleep(_PUT_OFF_S)
                 return False
             for _ in range(call.replica.deaths.most_instances):

@@ -23,7 +23,7 @@ GUILTY = 3
 """Marks from which one that is lost with its server, on trial, is guilty."""
 _REMEMBERED_S = 600.0
 _MOST_REMEMBERED = 10_000
-_MOST_GIVEN_UP = 64
+_MOST_ABANDONED = 64
 
 
 @dataclass(eq=False)
@@ -85,7 +85,7 @@ class AbandonedCalls:
     """The calls that were abandoned lately: how they ended nobody heard, and it may have been with a process."""
 
     def __init__(self) -> None:
-        self._calls: deque[tuple[str, str, float, list[bytes]]] = deque(maxlen=_MOST_GIVEN_UP)
+        self._calls: deque[tuple[str, str, float, list[bytes]]] = deque(maxlen=_MOST_ABANDONED)
 
     def add(self, server: str, release: str, sent: float, pictures: Iterable[bytes]) -> None:
         """A call that was sent then (monotonic seconds) was abandoned just now."""

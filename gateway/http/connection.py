@@ -286,7 +286,7 @@ class Connection(HttpToolsProtocol):
                 self.cycle.message_event.set()
             else:
                 self.metrics.request("unknown", "none", failure.code, 0.0)
-                fields = {"code": failure.code, "detail": str(failure), "unanswered": len(self.pipeline) + 1}
+                fields = {"code": failure.code, "detail": str(failure), "sent_ahead": len(self.pipeline) + 1}
                 logger.warning("connection ended", extra={"fields": fields})
             self.cycle.keep_alive = False
             return

@@ -42,7 +42,7 @@ class Deaths:
         """Whether a process was found dead since then (monotonic seconds)."""
         return self._dead.get(step, {}).get(process, (0.0, -math.inf))[1] >= since
 
-    def were_met_of_late(self, steps: Iterable[str]) -> bool:
+    def were_met_lately(self, steps: Iterable[str]) -> bool:
         """Whether a process of these steps was found dead a moment ago, so that some may be dead still."""
         since = time.monotonic() - _QUIET_S
         return any(last > since for step in steps for _, last in self._dead.get(step, {}).values())
