@@ -15,6 +15,7 @@ import contextlib
 import logging
 import resource
 import socket
+import time
 from array import array
 from typing import Any, NoReturn, cast
 
@@ -120,7 +121,7 @@ class Connection(HttpToolsProtocol):
         self._fault = _UNREADABLE
         self._pieces = self._piece_bytes = 0  # of bodies, in what was read last
         self._disconnect = Disconnect()
-        self._idle_since = self.loop.time()
+        self._idle_since = time.monotonic()
         self._is_one_too_many = False
 
     # ---- called by the event loop ----
@@ -235,7 +236,7 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """A request was answered. What is still missing of it has as long as a head."""
-        self._idle_since = self.loop.time()
+        self._idle_since = time.monotonic()
         super().on_response_complete()
         if not self._in_head and self._timer is None and not self.transport.is_closing():
             self._start_timer()
@@ -264,7 +265,7 @@ class Connection(HttpToolsProtocol):
         """End the connection that was idle longest; returns whether there was one."""
         others = (each for each in self.connections if isinstance(each, Connection) and each is not self)
         idle = min((each for each in others if each._is_idle), key=lambda each: each._idle_since, default=None)
-        if idle is None or self.loop.time() - idle._idle_since < SPARED_S:
+        if idle is None or time.monotonic() - idle._idle_since < SPARED_S:
             return False
         cast(Joined, idle.transport).finish()
         return True
