@@ -29,6 +29,8 @@ _MOST = 1 << 26
 """Bytes on stdout; golden pictures travel there."""
 _TICK_S = 0.05
 _CHECK_S = 0.5
+_MOST_PROCESSES = 128
+"""At once: what starts others without end would make the machine stand still."""
 _SWEEP_S = 10.0
 """For how long to look for processes that are left; they could go on starting others."""
 _QUIET = 3
@@ -77,7 +79,7 @@ def run(
             start_new_session=True,
             preexec_fn=limit,
         )
-    reader = _Reader(process, take, check)
+    reader = _Reader(process, take, check, mark)
     try:
         status = reader.follow(time.monotonic() + timeout_s)
     finally:
@@ -90,10 +92,10 @@ class _Reader:
     """What a process writes, as long as it runs: bounded in size, and not waited for once it ended."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], take: Callable[[bytes], str], check: Callable[[], None]
+        self, process: subprocess.Popen[bytes], take: Callable[[bytes], str], check: Callable[[], None], mark: str
     ) -> None:
         assert process.stdout and process.stderr
-        self._process, self._take, self._check = process, take, check
+        self._process, self._take, self._check, self._mark = process, take, check, mark
         self._checked = time.monotonic()
         self._pipes = (process.stdout, process.stderr)
         self._line, self._errors, self._read = bytearray(), b"", 0
@@ -108,6 +110,9 @@ class _Reader:
         while not self.stopped and (left := deadline - time.monotonic()) > 0:
             if time.monotonic() - self._checked >= _CHECK_S:
                 self._check()
+                if sum(1 for _ in _marked(self._mark)) > _MOST_PROCESSES:
+                    self.stopped = f"had more than {_MOST_PROCESSES} processes at once"
+                    return None
                 self._checked = time.monotonic()
             # Looked at before the pipes are: what it wrote before it ended is read then.
             status = _status(self._process.pid)

@@ -204,8 +204,8 @@ def files_problem(step: str, folder: Path) -> str:
             return f"{place} holds {', '.join(sorted(names - {wanted}))} beside {wanted}: keep everything in that file"
         if Step.read(folder) is None:
             return f"{place} holds nothing"
-    except NoModel:
-        return f"{place}/model.onnx is no ONNX file, or only a part of one"
+    except NoModel as error:
+        return f"{place}/{error}"
     except PermissionError:
         return f"{place}: {rights.WHY}: {rights.remedy(folder)}"
     except OSError as error:

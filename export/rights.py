@@ -1,8 +1,8 @@
 """Who may read what is published: everybody.
 
 Triton runs as a user of its own, and a published version that it cannot read fails every release at its next start. So
-the rule is about the rights of "others", whoever looks: root may read everything and would notice nothing. Links are
-not followed.
+the rule is about the rights of "others", whoever looks: root may read everything and would notice nothing. It is about
+files and folders alone: links are not followed, and a file that is linked elsewhere is not opened.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ def open_up(place: Path, *, deep: bool = True) -> list[Path]:
     """
     changed = []
     for path, mode in _closed(place, deep):
+        if stat.S_ISREG(mode) and path.lstat().st_nlink > 1:
+            raise PermissionError(
+                errno.EPERM, "it has another name, perhaps elsewhere, and would be open there too", path
+            )
         path.chmod(stat.S_IMODE(mode) | _wanted(mode))
         if is_closed(path):
             raise PermissionError(errno.EPERM, "this file system keeps its rights", str(path))
@@ -65,7 +69,7 @@ def _wanted(mode: int) -> int:
 def _closed(place: Path, deep: bool) -> Iterator[tuple[Path, int]]:
     """Places and their modes, a folder before what is in it: who opens it can go on."""
     mode = place.lstat().st_mode
-    if stat.S_ISLNK(mode):
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         return
     if ~mode & _wanted(mode) & 0o007:
         yield place, mode

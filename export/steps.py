@@ -22,8 +22,12 @@ VERDICT = "verdict.json"
 """What the exam says of a dropped version, in its folder; no part of its content."""
 
 
+_MOST_BYTES = 1 << 31
+"""Of one file of a version, all of which is read at once. More no ONNX file has."""
+
+
 class NoModel(ValueError):
-    """A model.onnx is no ONNX file, or only a part of one."""
+    """A file of a version that is none for it; the message begins with the file's name."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +52,20 @@ class Step:
         """The version in `folder`; None where the folder is missing or empty.
 
         Raises:
-            NoModel: its model.onnx is no ONNX file.
+            NoModel: its model.onnx is no ONNX file, or a file is larger than one can be.
         """
         paths = [p for p in sorted(folder.glob("[!.]*")) if p.is_file() and p.name != VERDICT]
         if not paths:
             return None
+        for path in paths:
+            if (size := path.stat().st_size) > _MOST_BYTES:
+                raise NoModel(f"{path.name} has {size / 2**30:.1f} GiB: {_MOST_BYTES >> 30} at most")
         files = {path.name: path.read_bytes() for path in paths}
         if "model.onnx" in files:
             try:
                 return cls(files, content_digest(onnx.load_from_string(files["model.onnx"])))
             except DecodeError:
-                raise NoModel(f"{folder / 'model.onnx'} is no ONNX file, or only a part of one") from None
+                raise NoModel("model.onnx is no ONNX file, or only a part of one") from None
         return cls.of_files(files)
 
     def with_file(self, name: str, content: bytes) -> Step:

@@ -212,6 +212,11 @@ def _in_the_future(folder: Path) -> None:
     os.utime(folder / "model.onnx", (later, later))
 
 
+def _sparse(folder: Path) -> None:
+    with (folder / "model.onnx").open("wb") as file:
+        file.truncate(3 << 30)
+
+
 def _linked_file(folder: Path) -> None:
     (folder / "model.onnx").symlink_to(folder.parent / "1" / "model.onnx")
 
@@ -253,6 +258,7 @@ _LABELS = '"dark",\n    "light"'
 
 BROKEN: dict[str, Drop] = {
     # The file.
+    "sparse": Drop("classifier", _sparse, r"^files: .*model\.onnx has 3\.0 GiB: 2 at most"),
     "truncated": Drop("classifier", file(lambda good: good[: len(good) // 2]), r"^files: .*no ONNX file, or only a"),
     "empty": Drop("classifier", file(b""), "^files: .*is empty"),
     "text": Drop("classifier", file(b"version https://git-lfs.github.com/spec/v1\n"), "^files: .*no ONNX file"),

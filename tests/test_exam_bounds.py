@@ -170,6 +170,14 @@ def test_only_the_end_of_what_it_complains_of_is_kept() -> None:
     assert (ending.status, ending.last) == (7, "last")
 
 
+def test_it_may_not_start_processes_without_end() -> None:
+    """These start nothing themselves, lest a fault of the bound harms the machine."""
+    command = ["sh", "-c", "for i in $(seq 300); do sleep 300 & done; wait"]
+    limits = {"folder": ROOT, "environment": dict(os.environ), "limit": lambda: None}
+    ending = bounded.run(command, b"", 60, lambda _: "", **limits)
+    assert (ending.status, ending.stopped) == (None, "had more than 128 processes at once")
+
+
 def test_every_line_is_taken_also_those_before_a_quick_end() -> None:
     taken: list[bytes] = []
     limits = {"folder": ROOT, "environment": dict(os.environ), "limit": lambda: None}

@@ -29,6 +29,7 @@ POLL_S = 1
 RELEASE = "tiny-v1"
 FILE = Path("/models/a_preprocess/1/model.py")
 OTHER = Path("/models/a_classifier/1/model.onnx")
+ANOTHER = Path("/models/a_preprocess/2/model.py")
 
 
 def process(number: int) -> Process:
@@ -44,11 +45,14 @@ class Clock:
         self.living: dict[Process, Path] = {}
         self.dead: set[Process] = set()
         self.said: list[str] = []
+        self.is_serving = True
+        self.is_short = False
 
     def look(self, seconds: float = 0.5) -> list[healing.Action]:
         """What is to be done after so many seconds, but for what is said."""
         self.now += seconds
-        actions = self.healer.look(self.now, Seen(dict(self.living), frozenset(self.dead)))
+        seen = Seen(dict(self.living), frozenset(self.dead))
+        actions = self.healer.look(self.now, seen, is_serving=self.is_serving, is_short=self.is_short)
         self.said += [action.text for action in actions if isinstance(action, Say)]
         return [action for action in actions if not isinstance(action, Say)]
 
@@ -201,10 +205,11 @@ def test_a_triton_that_does_not_load_it_again_is_restarted(clock: Clock) -> None
 
 
 def test_a_triton_that_loads_nothing_any_more_is_restarted_though_others_answer(clock: Clock) -> None:
-    """Where a process is killed while it starts, Triton may wait for it forever."""
+    """One that lived for a while was not killed in its first moment: Triton may be busy with something large."""
     clock.start(1)
-    clock.start(2, FILE.parent.with_name("2") / FILE.name)
+    clock.start(2, ANOTHER)
     clock.look()
+    clock.look(1)
     clock.die(1)
     asked = [clock.until(lambda actions: Reload(FILE) in actions) for _ in range(3)]
     assert clock.until(lambda actions: Restart() in actions) + sum(asked) < 60
@@ -213,22 +218,86 @@ def test_a_triton_that_loads_nothing_any_more_is_restarted_though_others_answer(
 
 def test_a_triton_that_loads_again_late_is_not_restarted(clock: Clock) -> None:
     clock.start(1)
-    clock.start(2, FILE.parent.with_name("2") / FILE.name)
+    clock.start(2, ANOTHER)
     clock.look()
+    clock.look(1)
     for number in range(3, 9):  # each dies, and takes two tries to be replaced
         clock.die(1 if number == 3 else number - 1)
         for _ in range(2):
             clock.until(lambda actions: Reload(FILE) in actions)
         clock.start(number)
-        assert clock.look() == []
+        assert clock.look() == clock.look(1) == []
 
 
-def test_a_process_that_died_before_anybody_knew_it_has_the_server_restarted(clock: Clock) -> None:
+def test_a_triton_that_waits_for_a_process_killed_in_its_first_moment_is_restarted(clock: Clock) -> None:
+    """It would load nothing any more, whoever still answers."""
+    clock.start(1)
+    clock.start(2, ANOTHER)
+    clock.look(10)
+    clock.look(10)
+    clock.die(3)
+    assert 3 <= clock.until(lambda actions: Restart() in actions) < 4
+    assert clock.said == ["process 3 died in its first moment, and Triton waits for it: the server is restarted"]
+
+
+def test_one_that_was_seen_only_just_has_the_server_restarted_when_nothing_takes_its_place(clock: Clock) -> None:
+    clock.start(1)
+    clock.start(2, ANOTHER)
+    clock.look(10)
+    clock.look(10)
     clock.die(1)
-    assert 9 < clock.until(lambda actions: Restart() in actions) < 12
+    clock.until(lambda actions: Reload(FILE) in actions)
+    clock.start(3)
+    clock.look(0.1)
+    clock.die(3)
+    again = clock.until(lambda actions: Reload(FILE) in actions)
+    assert 10 < clock.until(lambda actions: Restart() in actions) < 20 - again
 
 
-def test_a_triton_full_of_remains_is_restarted(clock: Clock) -> None:
+def test_a_server_that_never_serves_because_a_process_died_is_restarted_soon_and_again(clock: Clock) -> None:
+    clock.is_serving = False
+    waits = []
+    for number in range(1, 8):
+        clock.start(number)
+        clock.start(100 + number, ANOTHER)
+        clock.look()
+        clock.die(number)
+        waits.append(int(clock.until(lambda actions: actions == [Restart()])))
+        clock.healer.begin()
+        clock.dead.clear()
+        clock.living.clear()
+    assert waits == [3, 4, 5, 7, 11, 19, 35]
+    assert clock.said[0] == "process 1 died while the server started: the server is restarted"
+
+
+def test_a_slow_start_is_left_alone(clock: Clock) -> None:
+    clock.is_serving = False
+    clock.start(1)
+    assert [action for _ in range(600) for action in clock.look(1)] == []
+    clock.is_serving = True
+    assert clock.look() == []
+
+
+def test_what_lost_its_processes_while_the_server_started_is_loaded_once_more(clock: Clock) -> None:
+    """Triton takes it for a step that cannot be loaded, and cleans up. Perhaps it cannot."""
+    clock.is_serving = False
+    clock.start(1)
+    clock.start(2, OTHER)
+    clock.start(3, ANOTHER)
+    clock.look()
+    for number in (1, 2, 3):
+        del clock.living[process(number)]
+    clock.start(4, ANOTHER)
+    clock.look()
+    clock.is_serving = True
+    assert clock.look() == [Reload(OTHER), Reload(FILE)]
+    clock.healer.refused(FILE, "Read-only file system")
+    assert [action for _ in range(100) for action in clock.look(1)] == []
+
+
+@pytest.mark.parametrize(("is_short", "most"), [(True, 17), (False, 65)])
+def test_a_triton_full_of_remains_is_restarted(clock: Clock, is_short: bool, most: int) -> None:
+    clock.is_short = is_short
     number = 1
     clock.start(number)
     clock.look()
@@ -242,9 +311,9 @@ def test_a_triton_full_of_remains_is_restarted(clock: Clock) -> None:
             clock.die(number)
         return Restart() in actions
 
-    clock.until(step, 5000)
-    assert len(clock.dead) == 33
-    assert "33 processes that died" in clock.said[-1]
+    clock.until(step, 20_000)
+    assert len(clock.dead) == most
+    assert f"{most} processes that died" in clock.said[-1]
 
 
 def test_a_version_that_was_taken_back_is_not_missed(clock: Clock) -> None:
@@ -425,9 +494,21 @@ def test_a_triton_that_crashes_while_it_loads_the_step_is_restarted(triton: Trit
         wait_for(lambda: triton.process is not first, 60)
         assert triton.poll() is None
         wait_for(lambda: answers(triton.endpoint, jpeg), 120)
-        with triton._changing:  # until whoever restarted it saw that it is ready, too
-            os.kill(triton.process.pid, signal.SIGSEGV)
+        assert triton.crashes == 1
+        wait_for(lambda: not triton._may_crash)  # whoever restarted it saw that it serves, too
+        os.kill(triton.process.pid, signal.SIGSEGV)
         wait_for(lambda: triton.poll() == -signal.SIGSEGV)  # another crash is for others to decide about
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.1])
+def test_a_process_killed_while_the_server_starts_keeps_nobody_waiting(triton: TritonServer, after_s: float) -> None:
+    """Killed in its first moment, or later, when Triton notices."""
+    with triton:
+        wait_for(lambda: (found := stubs.look(triton.process.pid)).living or found.ending, pause=0.002)
+        found = stubs.look(triton.process.pid)
+        time.sleep(after_s)
+        os.kill(next(iter({*found.living, *found.ending})).pid, signal.SIGKILL)
+        wait_for(lambda: all(triton._ready(name) for name in triton.releases()), 60)
 
 
 def test_one_that_hangs_is_not_dead(triton: TritonServer) -> None:

@@ -64,6 +64,18 @@ def test_a_drop_that_others_cannot_read_is_opened_before_it_is_published(tiny: R
     assert [finding for finding in doctor.inspect(tiny.root) if finding.severity == "error"] == []
 
 
+def test_a_file_that_is_linked_elsewhere_is_not_opened_there_too(tiny: Repository, tmp_path: Path) -> None:
+    private = tmp_path / "private"
+    folder = drop(tiny, 2)
+    os.link(folder / "model.onnx", private)
+    private.chmod(0o600)
+    watcher = watcher_of(tiny, events := [])
+    for _ in range(3):
+        watcher.look()
+    assert private.stat().st_mode & 0o777 == 0o600
+    assert f"chmod -R a+rX {folder}" in next(event["cause"] for event in events if event["event"] == "refused")
+
+
 def test_a_refused_drop_of_other_rights_is_examined_once(tiny: Repository) -> None:
     folder = drop(tiny, 2)
     (folder / "model.onnx").write_bytes(b"half")

@@ -7,6 +7,10 @@ version again, with new processes, and goes on answering with what is left of th
 cannot do is unload a model in which a request failed that way: the dead process stays a zombie, its shared memory
 stays, and so do its living siblings, which are killed here once nobody needs them. Each version is looked after on its
 own: only the one whose file got the date is loaded again.
+
+A process that is killed in its first moment, about 30 ms, makes Triton wait for it forever: it loads nothing any more, and
+where it is starting it never serves. Then only another server helps. Where it is killed a little later, and until it
+has loaded its step, Triton takes it for a step that cannot be loaded, and cleans up.
 """
 
 from __future__ import annotations
@@ -20,23 +24,27 @@ from triton_runtime.stubs import Process, Seen
 
 LOOK_S = 0.2
 """Between two looks; less while something is awaited that may be there but shortly."""
-_SHORT_LOOK_S = 0.1
+_SHORT_LOOK_S = 0.05
 _DEAD_S = 0.3
 """One that is unloaded is dead for a moment, too."""
-_STRAY_S = 10.0
-"""A process that died before it was seen: nobody knows what it ran, and Triton may wait for it forever."""
+_STRAY_S = 3.0
+"""A process that died before it was seen, or while the server started, and that Triton did not clean up."""
+_YOUNG_S = 0.5
+"""A process that died so soon after it was seen may have been killed in its first moment."""
 _APPEAR_S = 10.0
 """Beside the time between two looks of Triton at its repository."""
 _MOST_MISSED = 3
-"""After so many times in a row in which Triton loaded nothing, it never will. Where a process is killed while it starts
-Triton may wait for it forever, and loads nothing else either."""
+"""After so many times in a row in which Triton loaded nothing, it never will. It loads one change of its repository
+after the other, so a large model may be what it is busy with."""
 _PROVEN_S = 60.0
 """New processes that live so long are loaded, and nobody waits for the old ones any more."""
 _CALM_S = 20.0
 """New processes that live so long after they were asked for do not end by themselves: a picture or a person ended them,
 and the next ones are to come at once. A release with one process has none meanwhile."""
-_MOST_DEAD = 32
-"""Each keeps a megabyte or more of shared memory in Triton."""
+_MOST_DEAD = 64
+"""Each keeps a megabyte or more of shared memory in Triton, and about 45 threads, of which a machine allows so many."""
+_MANY_DEAD = 16
+"""So many are too many where shared memory runs out."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +104,15 @@ class Healer:
         self._proven_s = max(_PROVEN_S, grace_seconds + 5)
         self._steps: dict[Path, _Step] = {}
         self._restarts = Backoff(first=60, most=900, calm=3600)
+        self._restarts_of_nothing = Backoff(first=1, most=60, calm=_CALM_S)
         self.begin()
 
     def begin(self) -> None:
         """Another server was started: what was known of processes is void, how often what failed is not."""
+        self._is_serving = False
         self._files: dict[Process, Path] = {}
+        self._vanished: set[Path] = set()
+        self._since: dict[Process, float] = {}
         self._dead_since: dict[Process, float] = {}
         self._settled: set[Process] = set()
         self._restart_at: float | None = None
@@ -111,7 +123,7 @@ class Healer:
     @property
     def pause(self) -> float:
         """Seconds until the next look."""
-        return _SHORT_LOOK_S if self.is_loading else LOOK_S
+        return _SHORT_LOOK_S if self.is_loading or not self._is_serving else LOOK_S
 
     @property
     def is_loading(self) -> bool:
@@ -124,36 +136,62 @@ class Healer:
         return frozenset().union(*(step.old for step in self._steps.values() if step.has_come))
 
     def refused(self, file: Path, reason: str) -> None:
-        """A `Reload` could not be done."""
-        self._steps[_folder(file)].refusal = reason
+        """A `Reload` could not be done. What only may be of use is let be then: no server is restarted for it."""
+        if (step := self._steps.get(_folder(file))) and step.asked is not None:
+            step.refusal = reason
 
     def gone(self, file: Path) -> None:
         """The file of a `Reload` is not there any more: its version was taken back, and nobody misses its processes."""
         self._settled |= {each for each in self._dead_since if self._files.get(each) == file}
 
-    def look(self, now: float, seen: Seen) -> list[Action]:
-        """What is to be done, in this order."""
+    def look(self, now: float, seen: Seen, *, is_serving: bool = True, is_short: bool = False) -> list[Action]:
+        """What is to be done, in this order.
+
+        Args:
+            now: by a clock that never goes back.
+            seen: the server's processes.
+            is_serving: whether it answers, which it does once it has tried to load all that it had at its start.
+            is_short: whether there is little shared memory left.
+        """
         self._remember(now, seen)
+        if not self._is_serving and not is_serving:
+            early = [process for process in sorted(seen.dead, key=_pid) if now - self._dead_since[process] >= _STRAY_S]
+            why = f"process {_numbers(early)} died while the server started" if early else ""
+            return list(self._restart(now, why, self._restarts_of_nothing))
+        actions = [] if self._is_serving else list(self._load_what_vanished(seen))
+        self._is_serving = True
         lost: dict[Path, list[Process]] = {}
         strays = []
-        for process in sorted(seen.dead - self._settled, key=lambda each: each.pid):
+        for process in sorted(seen.dead - self._settled, key=_pid):
             since = now - self._dead_since[process]
             if process in self._files:
                 if since >= _DEAD_S:
                     lost.setdefault(_folder(self._files[process]), []).append(process)
             elif since >= _STRAY_S:
                 strays.append(process)
-        actions = [action for folder in lost for action in self._heal(now, folder, lost[folder], seen)]
+        actions += [action for folder in lost for action in self._heal(now, folder, lost[folder], seen)]
         for folder, step in self._steps.items():
             if folder not in lost:
                 step.due = step.asked = None  # Triton cleaned up
-        return actions + list(self._restart(now, self._hopeless(now, strays, seen)))
+        answers = any(self._has_siblings(_folder(file), seen) for file in seen.living.values())
+        backoff = self._restarts_of_nothing if strays and not answers else self._restarts
+        return actions + list(self._restart(now, self._hopeless(now, strays, seen, is_short), backoff))
 
     def _remember(self, now: float, seen: Seen) -> None:
         here = seen.dead | seen.ending | seen.living.keys()
+        if not self._is_serving:
+            self._vanished |= {file for process, file in self._files.items() if process not in here}
+        self._since = {process: self._since.get(process, now) for process in here}
         self._files = {process: file for process, file in self._files.items() if process in here} | seen.living
         self._dead_since = {process: self._dead_since.get(process, now) for process in seen.dead}
         self._settled &= here
+
+    def _load_what_vanished(self, seen: Seen) -> Iterator[Action]:
+        """Once more what could not be loaded when the server started: somebody may have ended its processes then."""
+        running = {_folder(file) for file in seen.living.values()}
+        for file in sorted(file for file in self._vanished if _folder(file) not in running):
+            yield Say(f"{_name(_folder(file))} lost its processes while the server started: it is to be loaded again")
+            yield Reload(file)
 
     def _heal(self, now: float, folder: Path, lost: list[Process], seen: Seen) -> Iterator[Action]:
         step = self._steps.setdefault(folder, _Step())
@@ -173,7 +211,7 @@ class Healer:
             elif step.has_come and now - step.asked >= self._proven_s:
                 step.asked = None
                 self._settled |= step.old
-                yield from (Kill(process) for process in sorted(step.old & seen.living.keys(), key=lambda p: p.pid))
+                yield from (Kill(process) for process in sorted(step.old & seen.living.keys(), key=_pid))
                 return
         if step.asked is None and step.due is None:
             step.file = self._files[lost[0]]
@@ -193,7 +231,8 @@ class Healer:
 
     def _is_hopeless(self, folder: Path, step: _Step, seen: Seen) -> bool:
         """Whether to try once more is no use, or would spare nobody."""
-        return step.missed + 1 >= _MOST_MISSED or not self._has_siblings(folder, seen)
+        young = [p for p in step.old & seen.dead if self._dead_since[p] - self._since[p] < _YOUNG_S]
+        return bool(young) or step.missed + 1 >= _MOST_MISSED or not self._has_siblings(folder, seen)
 
     @staticmethod
     def _has_siblings(folder: Path, seen: Seen) -> bool:
@@ -206,11 +245,11 @@ class Healer:
         step.asked, step.due, step.has_come = None, now + wait, False
         return Say(f"{why}: it is to be loaded again{f' in {wait:g} s' if wait else ''}")
 
-    def _hopeless(self, now: float, strays: list[Process], seen: Seen) -> str:
+    def _hopeless(self, now: float, strays: list[Process], seen: Seen, is_short: bool) -> str:
         """Why nothing but another server helps; empty where something else may."""
-        if strays and not any(self._has_siblings(_folder(file), seen) for file in seen.living.values()):
-            return f"process {_numbers(strays)} died, and nobody knows which step it ran"
-        if len(seen.dead) > _MOST_DEAD:
+        if strays:
+            return f"process {_numbers(strays)} died in its first moment, and Triton waits for it"
+        if len(seen.dead) > (_MANY_DEAD if is_short else _MOST_DEAD):
             return f"it keeps the remains of {len(seen.dead)} processes that died"
         for folder, step in self._steps.items():
             if step.refusal:
@@ -220,11 +259,11 @@ class Healer:
                 return f"it did not load {_name(folder)} again within {self._appear_s:g} s{times}"
         return ""
 
-    def _restart(self, now: float, why: str) -> Iterator[Action]:
+    def _restart(self, now: float, why: str, backoff: Backoff) -> Iterator[Action]:
         if not why:
             self._restart_at = None
         elif self._restart_at is None:
-            wait = self._restarts.wait(now)
+            wait = backoff.wait(now)
             self._restart_at = now + wait
             yield Say(f"{why}: the server is restarted{f' in {wait:g} s' if wait else ''}")
         if self._restart_at is not None and now >= self._restart_at:
@@ -238,6 +277,10 @@ def _folder(file: Path) -> Path:
 
 def _name(folder: Path) -> str:
     return f"{folder.parent.name}/{folder.name}"
+
+
+def _pid(process: Process) -> int:
+    return process.pid
 
 
 def _numbers(processes: list[Process]) -> str:

@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +45,12 @@ both."""
 LOCK = "no client"
 """The header that would open them, whose value whoever lists processes can read. But nobody can send it: gRPC takes no
 header with a blank in its name, and HTTP none with a line's end in its value."""
+
+
+_LITTLE_MEMORY = 64 << 20
+"""So many bytes of shared memory are little."""
+_SHORT_PATIENCE_S = 1.0
+"""For requests in flight where a server is replaced that cannot be mended: all others wait meanwhile."""
 
 
 class TritonFailed(RuntimeError):
@@ -126,6 +133,9 @@ class TritonServer:
         self._stopping = threading.Event()
         self._changing = threading.RLock()  # held while the process is replaced, and while it is healed
         self._is_between = False
+        self._may_crash = False
+        self.crashes = 0
+        """How often Triton crashed in a way that is mended here, by a restart."""
 
     def __enter__(self) -> Self:
         self._start()
@@ -256,10 +266,13 @@ class TritonServer:
     def _crashed_by_healing(self) -> bool:
         """Triton 24.10 crashes now and then while it loads a step again; what was done to it here is mended here."""
         status = self.process.poll()
-        return status is not None and -status in _CRASHES and self._thread is not None and self._healer.is_loading
+        has_crashed = status is not None and -status in _CRASHES and self._thread is not None
+        return has_crashed and (self._healer.is_loading or self._may_crash)
 
-    def restart(self) -> None:
+    def restart(self, patience_s: float | None = None) -> None:
         """Stop Triton in order, where it has not ended, and start it again.
+
+        `patience_s` bounds what requests in flight may take, in place of `grace_seconds`.
 
         Raises:
             Missing: as on entering.
@@ -270,7 +283,7 @@ class TritonServer:
                 return  # another thread did it meanwhile
             self._is_between = True
             try:
-                self._end()
+                self._end(self.grace_seconds + 10 if patience_s is None else patience_s)
                 if not self._stopping.is_set():
                     self._start()
             finally:
@@ -282,12 +295,12 @@ class TritonServer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self._end()
+        self._end(self.grace_seconds + 10)
 
-    def _end(self) -> None:
+    def _end(self, patience_s: float) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        deadline, over_since = time.monotonic() + self.grace_seconds + 10, None
+        deadline, over_since = time.monotonic() + patience_s, None
         while not wait_for_end(self.process, 0.2):
             now = time.monotonic()
             # Models in which a request failed with its process are never unloaded, and Triton would wait for them.
@@ -307,24 +320,43 @@ class TritonServer:
 
     def _keep_whole(self) -> None:
         """Have processes that died replaced, until the server is stopped."""
-        process, strangers = self.process, set[int]()
+        process, strangers, is_serving = self.process, set[int](), False
         while not self._stopping.wait(self._healer.pause):
             try:
                 with self._changing:
                     if process is not self.process:
-                        process, strangers = self.process, set()
+                        process, strangers, is_serving = self.process, set(), False
                         self._healer.begin()
                     if self._crashed_by_healing():
                         print("triton: crashed while it loaded a step, and is restarted", file=sys.stderr, flush=True)
-                        self._healer.begin()  # if it crashes once more, others decide
-                        self._heal(healing.Restart())
+                        self.crashes += 1
+                        is_first, self._may_crash = not self._may_crash, False
+                        self._healer.begin()
+                        self.restart()
+                        self._may_crash = is_first  # if it crashes again before it serves, others decide
                     elif process.poll() is None:
-                        for action in self._healer.look(time.monotonic(), stubs.look(process.pid, strangers)):
-                            self._heal(action)
+                        if not is_serving and (is_serving := self._is_live()):
+                            self._may_crash = False
+                        seen = stubs.look(process.pid, strangers)
+                        is_short = shutil.disk_usage(SHARED_MEMORY_FOLDER).free < _LITTLE_MEMORY
+                        for action in self._healer.look(
+                            time.monotonic(), seen, is_serving=is_serving, is_short=is_short
+                        ):
+                            self._heal(action, is_serving)
             except Exception as error:
                 print(f"triton: could not look after its processes, and tries again: {error!r}", file=sys.stderr)
 
-    def _heal(self, action: healing.Action) -> None:
+    def _is_live(self) -> bool:
+        """Whether Triton answers at all, which it does once it has tried to load everything."""
+        try:
+            with urllib.request.urlopen(self.endpoint.url("/v2/health/live"), timeout=1):
+                return True
+        except urllib.error.HTTPError:
+            return True
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _heal(self, action: healing.Action, is_serving: bool) -> None:
         match action:
             case healing.Say(text):
                 print(f"triton: {text}", file=sys.stderr, flush=True)
@@ -339,11 +371,8 @@ class TritonServer:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGKILL)
             case healing.Restart():
-                self.restart()
-                try:
-                    self.wait_until_ready()  # which has it try again if it crashes
-                except TritonFailed as error:
-                    print(f"triton: after its restart: {error}", file=sys.stderr)
+                self.restart(_SHORT_PATIENCE_S if is_serving else 0.0)
+                self._may_crash = True
 
     def shared_memory(self) -> Iterator[Path]:
         """The files through which the server talks to its Python steps."""
