@@ -39,8 +39,13 @@ class Triton:
         self._repository = repository
         self._server: TritonServer | None = None
         self._changing = threading.RLock()
-        self.crashes = 0
-        """How often it ended by itself."""
+        self._crashes = 0
+
+    @property
+    def crashes(self) -> int:
+        """How often it ended by itself, whoever started it again."""
+        with self._changing:
+            return self._crashes + (self._server.crashes if self._server else 0)
 
     @property
     def process(self) -> psutil.Process:
@@ -64,6 +69,7 @@ class Triton:
         """End it in order; nothing where it ended already."""
         with self._changing:
             if self._server is not None:
+                self._crashes += self._server.crashes
                 self._server.stop()
                 self._server = None
 
@@ -78,7 +84,7 @@ class Triton:
         """Start it again where it ended by itself."""
         with self._changing:
             if self._server is not None and not self.is_running:
-                self.crashes += 1
+                self._crashes += 1
                 self.start()
 
     def stubs(self, step: str, version: int | None = None) -> list[psutil.Process]:

@@ -20,6 +20,7 @@ from triton_runtime.ports import free_port
 _WARM_UP_S = 2.0
 _CLEAN_S = 1.5
 _RECOVERY_S = 30.0
+_MOST_TRIES = 3
 _MEMORY_MB = 48
 """How much a gateway may grow: buffers of as many requests as were in it at once."""
 
@@ -42,6 +43,8 @@ class Report:
     longest_s: float
     memory_mb: float
     shared_memory_mb: float
+    crashes: int
+    """Of Triton, by itself."""
     problems: list[str]
     notes: list[str]
 
@@ -89,8 +92,21 @@ def stack_for(
 def try_out(fault: Fault, stack: Stack, known: Known, hold_s: float, allowance_s: float) -> Report:
     """Run the fault under load, and judge.
 
+    Triton 24.10 crashes now and then where a request is cancelled in the moment in which it ends (its issues 7368 and
+    8034), or while it loads a step. That is another fault than the one that is tried, so this is tried again then.
+
     `allowance_s` is what the way to the client and back may cost beyond a deadline.
     """
+    for _ in range(_MOST_TRIES):
+        report = _try_once(fault, stack, known, hold_s, allowance_s)
+        if report.has_passed or not report.crashes:
+            break
+        stack.notes.append(f"not judged for that: {'; '.join(report.problems)}")
+        stack.problems.clear()
+    return report
+
+
+def _try_once(fault: Fault, stack: Stack, known: Known, hold_s: float, allowance_s: float) -> Report:
     with Load(known, stack.gateway) as load:
         time.sleep(_WARM_UP_S)
         crashes = sum(triton.crashes for triton in stack.tritons)
@@ -122,7 +138,7 @@ def try_out(fault: Fault, stack: Stack, known: Known, hold_s: float, allowance_s
         problems.append(f"the gateway grew by {grown:.0f} MB")
     problems += _left_in_gauges(stack.gateway) + stack.problems
     if crashes := sum(triton.crashes for triton in stack.tritons) - crashes:
-        stack.notes.append(f"a Triton ended by itself, {crashes} times, and was started again")
+        stack.notes.append(f"a Triton crashed by itself, {crashes} times, and was started again")
     return Report(
         fault=fault.name,
         sent=len(seen),
@@ -135,9 +151,10 @@ def try_out(fault: Fault, stack: Stack, known: Known, hold_s: float, allowance_s
         recovery_s=_recovery(failures, ended) if has_recovered else None,
         longest_s=max(each.ended - each.sent for each in seen),
         memory_mb=round(grown, 1),
+        crashes=crashes,
         shared_memory_mb=round((sum(shared_memory().values()) - shared) / 2**20, 1),
         problems=problems,
-        notes=stack.notes,
+        notes=list(stack.notes),
     )
 
 

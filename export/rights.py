@@ -44,9 +44,7 @@ def open_up(place: Path, *, deep: bool = True) -> list[Path]:
     changed = []
     for path, mode in _closed(place, deep):
         if stat.S_ISREG(mode) and path.lstat().st_nlink > 1:
-            raise PermissionError(
-                errno.EPERM, "it has another name, perhaps elsewhere, and would be open there too", path
-            )
+            raise PermissionError(errno.EPERM, "it is linked elsewhere, and would be open there too", path)
         path.chmod(stat.S_IMODE(mode) | _wanted(mode))
         if is_closed(path):
             raise PermissionError(errno.EPERM, "this file system keeps its rights", str(path))

@@ -42,6 +42,8 @@ def test_triton_may_come_late_go_and_come_back(pristine: Path, jpeg: bytes, tmp_
                 assert predict(gateway, jpeg).json()["model_version"] == "defect-v1"
         # Gone once more: what was known is kept, so the call is tried, and fails fast.
         assert_problem(predict(gateway, jpeg), "triton_unavailable")
+        listed = http.get(f"{gateway.url}/v1/releases").json()["releases"]
+        assert [(each["state"], each["reason"]) for each in listed] == [("unavailable", "no Triton answers")]
     assert f"127.0.0.1:{endpoint.grpc}: " in gateway.log.read_text(), "the log says which server failed it"
 
 

@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from contract import Manifest
 from gateway.problems import Failure
 from gateway.routing.catalogue import Catalogue
+from gateway.routing.rollback import _target as target_of
 from gateway.routing.router import Router, draw
 from gateway.routing.routing_file import RoutingFile
 from gateway.triton.client import TritonClient
@@ -555,9 +556,23 @@ def test_a_rollback_without_a_gateway_needs_a_name(tmp_path: Path) -> None:
     assert url in run.stderr
     assert not file.exists()
     run = rollback("--file", file, "--gateway", url, "--to", "defect-v1")
-    assert run.returncode == 0
-    assert "nobody confirmed" in run.stdout
+    assert run.returncode == 1, "perhaps there is no such release"
+    assert "nobody confirmed" in run.stderr
     assert file.read_text() == 'stable = "defect-v1"\n'
+
+
+def test_while_triton_is_away_a_rollback_goes_to_any_release() -> None:
+    """One of them may be what keeps Triton away."""
+    away = {"state": "unavailable", "reason": "no Triton answers"}
+    now = {
+        "stable": "defect-v3",
+        "releases": [{"name": f"defect-v{number}", **away} for number in (1, 2, 3)],
+        "routing": {"canary": None},
+    }
+    assert target_of(now, None) == "defect-v2"
+    assert target_of(now, "defect-v1") == "defect-v1"
+    now["releases"][0]["state"] = "ready"
+    assert target_of(now, None) == "defect-v1"
 
 
 # ---- a release that goes ----

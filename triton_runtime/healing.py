@@ -8,9 +8,9 @@ cannot do is unload a model in which a request failed that way: the dead process
 stays, and so do its living siblings, which are killed here once nobody needs them. Each version is looked after on its
 own: only the one whose file got the date is loaded again.
 
-A process that is killed in its first moment, about 30 ms, makes Triton wait for it forever: it loads nothing any more, and
-where it is starting it never serves. Then only another server helps. Where it is killed a little later, and until it
-has loaded its step, Triton takes it for a step that cannot be loaded, and cleans up.
+A process that is killed in its first moment, about 30 ms, makes Triton wait for it forever: it loads nothing any more,
+and where it is starting it never serves. Then only another server helps. Where it is killed a little later, and until
+it has loaded its step, Triton takes it for a step that cannot be loaded, and cleans up.
 """
 
 from __future__ import annotations

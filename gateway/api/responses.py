@@ -96,13 +96,16 @@ def releases(service: Service) -> schemas.Releases:
 
 
 def _known(service: Service) -> list[Known]:
-    """Every release, oldest first; one that failed under requests and does not answer now is unavailable."""
-    return [
-        replace(known, reason=f"it failed: {service.fleet.suspicions(known.name)}")
-        if not known.reason and service.fleet.is_down(known.name)
-        else known
-        for known in service.releases.known
-    ]
+    """Every release, oldest first; one that does not answer now is unavailable, whatever was known of it."""
+
+    def reason(known: Known) -> str:
+        if not known.reason and not service.fleet.available():
+            return "no Triton answers"
+        if not known.reason and service.fleet.is_down(known.name):
+            return f"it failed: {service.fleet.suspicions(known.name)}"
+        return known.reason
+
+    return [replace(known, reason=reason(known)) for known in service.releases.known]
 
 
 def _routing(router: Router) -> schemas.Routing:

@@ -143,7 +143,7 @@ def roll_back(to: str | None, file: Path, gateways: Sequence[Gateway]) -> str:
         if to is None:
             raise RollbackError(f"{error}; with --to NAME the file is written all the same") from None
         write(file, to)
-        return f"{file} names {to} now, but nobody confirmed it: {error}"
+        raise RollbackError(f"{file} names {to} now, but nobody confirmed it: {error}") from None
     canary = _canary_of(now) if to is None and now["stable"] else ""
     target = now["stable"] if canary else _target(now, to)
     write(file, target)
@@ -297,7 +297,9 @@ def _canary_of(now: dict[str, Any]) -> str:
 
 
 def _active(now: dict[str, Any]) -> list[str]:
-    return [release["name"] for release in now["releases"] if release["state"] == "ready"]
+    """The releases that answer; while none does, all: whichever is named is to answer once Triton is back."""
+    releases = now["releases"]
+    return [each["name"] for each in releases if each["state"] == "ready"] or [each["name"] for each in releases]
 
 
 def _target(now: dict[str, Any], to: str | None) -> str:
