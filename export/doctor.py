@@ -188,7 +188,8 @@ def _ensemble(root: Path, name: str, model: pb.ModelConfig, models: dict[str, pb
             yield _error(place, problem, "pin a number: it changes under a request otherwise")
         elif step.model_version not in models[step.model_name].version_policy.specific.versions:
             problem = f"pins {step.model_name} {step.model_version}, which Triton is not shown"
-            yield _error(place, problem, "'make export' lists it again; else retire the release")
+            remedy = "restore it if it was edited, then 'make export' lists it again; or retire the release"
+            yield _error(place, problem, remedy)
     if contract.parse_release_name(name) is None:
         return
     try:

@@ -292,6 +292,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (RepositoryError, ValueError, OSError) as error:
         console.print(f"not released: {error}", style="red", markup=False)
         return 1
+    if not published.written:
+        console.print(f"{published.manifest.name} is published already: nothing was examined, nothing is to be done")
     print(published.manifest.name)
     return 0
 

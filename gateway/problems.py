@@ -135,7 +135,7 @@ PROBLEMS: dict[str, ProblemType] = {
     ),
     "image_unsupported": ProblemType(
         422, "Not a picture in a supported format",
-        "Send a JPEG, PNG, WebP, BMP, GIF, TIFF or AVIF file.", "client", "preprocess",
+        "Send it as an ordinary JPEG, PNG, WebP, BMP, GIF, TIFF or AVIF file.", "client", "preprocess",
     ),
     "image_truncated": ProblemType(
         422, "The picture ends early", "Check the upload and send the whole file.", "client", "preprocess"

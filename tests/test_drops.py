@@ -491,6 +491,8 @@ def test_force_overrules_a_judgement_loudly_and_is_recorded(
     assert said.out == "tiny-v2\n"
     assert "FORCED: published although it failed agreement" in said.err
     assert tiny.release("tiny-v2").exam["forced"] is True
+    assert main(command) == 0
+    assert "tiny-v2 is published already: nothing was examined" in capsys.readouterr().err
     assert main(["status", "--repository", str(tiny.root)]) == 0
     assert "forced" in capsys.readouterr().out
 

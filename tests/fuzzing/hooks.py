@@ -53,11 +53,13 @@ def filter_failure(context: schemathesis.HookContext, failure: Failure, case: Ca
     if not isinstance(failure, RejectedPositiveData):
         return True
     code, body = response.json()["code"], case.body if isinstance(case.body, dict) else {}
+    pins = [part["model_version"] for part in (case.query, body) if part and "model_version" in part]
     if code in PREPROCESSING.PictureError.CODES:
         return code != _code_of(_picture(case.body))
     if code == "invalid_request":
-        pins = [part["model_version"] for part in (case.query, body) if part and "model_version" in part]
         return len(set(pins)) < 2  # two pins that contradict each other
+    if code == "retired_release":
+        return not pins
     if code == "invalid_metadata" and isinstance(body.get("metadata"), dict):
         size = len(json.dumps(body["metadata"], separators=(",", ":"), ensure_ascii=False).encode())
         return size <= Settings().max_metadata_bytes
