@@ -331,6 +331,7 @@ class Cuda(onnxruntime.InferenceSession):
 
     providers: list = []  # noqa: RUF012
     sizes: list[int] = []  # noqa: RUF012
+    sized: list[tuple[int, int]] = []  # noqa: RUF012
     fault: Exception | None = None
 
     def __init__(self, path: str, options: Any, providers: list) -> None:
@@ -347,6 +348,7 @@ class Cuda(onnxruntime.InferenceSession):
         """As the session's; on a GPU without cuDNN, only this fails."""
         if self.is_on_gpu:
             type(self).sizes.append(len(feed["PIXELS"]))
+            type(self).sized.append((id(self), len(feed["PIXELS"])))
             if self.fault:
                 raise self.fault
         return super().run(names, feed)
@@ -356,6 +358,7 @@ class Cuda(onnxruntime.InferenceSession):
 def cuda(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> type[Cuda]:
     """An ONNX Runtime with CUDA, as far as it can be told from outside."""
     monkeypatch.setattr(Cuda, "sizes", [])
+    monkeypatch.setattr(Cuda, "sized", [])
     found = SimpleNamespace(
         **{name: getattr(onnxruntime, name) for name in ("SessionOptions", "GraphOptimizationLevel")}
     )
@@ -373,7 +376,7 @@ def loaded(module: ModuleType, pristine: Path, tmp_path: Path) -> Iterator[Calla
 
     def load(device: str, kind: str) -> Any:
         rendered = config.classifier("defect", [1], SIZE, 2, config.Serving.model_validate({
-            "max_batch_size": 4, "classifier": {"device": device, "threads": 2}
+            "max_batch_size": 6, "classifier": {"device": device, "threads": 2}
         }))  # fmt: skip
         folder = tmp_path / "defect_classifier"
         shutil.copytree(pristine / "defect_classifier" / "1", folder / "1")
@@ -407,11 +410,15 @@ def test_a_gpu_that_triton_gives_is_used_for_whole_batches_in_full_precision(
     assert (name, last) == ("CUDAExecutionProvider", "CPUExecutionProvider")
     assert (options["device_id"], options["use_tf32"]) == ("3", "0")
     assert "defect_classifier 1: on GPU 3 (CUDA)" in capfd.readouterr().err
-    assert cuda.sizes == [1, 2, 3, 4], "each size was tried before a request pays for it"
-    (request,) = requests(3)
-    instance.execute([request])
-    assert len(outputs(request.response())["PROBABILITIES"]) == 3
-    assert cuda.sizes[4:] == [3], "one run for the batch"
+    assert cuda.sizes == [1, 2, 4, 6], "each size was tried before a request pays for it"
+    for items, size in ((3, 4), (1, 1), (6, 6), (5, 6)):
+        (request,) = requests(items)
+        instance.execute([request])
+        found = outputs(request.response())["PROBABILITIES"]
+        assert cuda.sizes[-1] == size, "one run for the batch, filled up"
+        assert len(found) == items
+        assert len({session for session, _ in cuda.sized}) == len({size for _, size in cuda.sized}) == 4
+    assert len(cuda.sized) == len(cuda.sizes) == 8
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
