@@ -17,7 +17,7 @@ from gateway.dispatch.dispatcher import Dispatcher
 from gateway.metrics import Metrics
 from gateway.predict import Answer, RequestInfo, predict
 from gateway.problems import Failure
-from gateway.routing.router import Candidate, Router
+from gateway.routing.router import Choice, Router
 from gateway.settings import Settings
 from gateway.supervision import Tasks
 
@@ -67,7 +67,7 @@ class Mirrors:
     ) -> None:
         caller = RequestInfo(request_id, "mirror", time.monotonic() + self._settings.deadline_s)
         try:
-            copy = await predict(self._dispatcher, [Candidate(other, "pinned")], picture, caller)
+            copy = await predict(self._dispatcher, [Choice(other, "pinned")], picture, caller)
         except Failure as failure:
             comparison.errors[failure.code] += 1
             self._metrics.compared(comparison.release, "failed")

@@ -14,7 +14,7 @@ import grpc
 from contract import Manifest
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.problems import Failure
-from gateway.routing.router import Candidate, Route
+from gateway.routing.router import Choice, Route
 from gateway.triton.client import Inference, MalformedAnswer, TritonError
 from gateway.triton.verification import verify
 
@@ -64,20 +64,20 @@ class RequestInfo:
 
 async def predict(
     dispatcher: Dispatcher,
-    candidates: Sequence[Candidate],
+    choices: Sequence[Choice],
     picture: bytes,
     caller: RequestInfo,
     may_answer: Callable[[str], bool] = lambda _: True,
 ) -> Answer:
-    """Answer one picture in time, by the first candidate, or should it fail, by the next that may answer then.
+    """Answer one picture in time, by the first choice, or should it fail, by the next that may answer then.
 
     Raises:
         Failure: nothing could answer, the picture cannot be used, or the answer cannot be trusted.
     """
     try:
-        return await _ask(dispatcher, candidates[0], picture, caller, has_other=len(candidates) > 1)
+        return await _ask(dispatcher, choices[0], picture, caller, has_other=len(choices) > 1)
     except Failure as failure:
-        others = [candidate for candidate in candidates[1:] if may_answer(candidate.release.name)]
+        others = [choice for choice in choices[1:] if may_answer(choice.release.name)]
         if not others or failure.code not in _FAULTS_OF_A_RELEASE or time.monotonic() >= caller.deadline:
             raise
         passed_over = failure
@@ -86,19 +86,19 @@ async def predict(
 
 async def _ask(
     dispatcher: Dispatcher,
-    candidate: Candidate,
+    choice: Choice,
     picture: bytes,
     caller: RequestInfo,
     has_other: bool = False,
 ) -> Answer:
-    release = candidate.release
+    release = choice.release
     try:
         ran = await dispatcher.infer(
             release.name, picture, caller.request_id, caller.client, caller.deadline, has_other
         )
     except TritonError as error:
         code = _FAILURES.get(error.status, "inference_failed")
-        if code == "no_release" and candidate.route == "pinned":
+        if code == "no_release" and choice.route == "pinned":
             code = "release_unavailable"
         raise Failure(code, f"{release.name} {_SAID[code]}", cause=str(error)) from error
     except MalformedAnswer as error:
@@ -106,4 +106,4 @@ async def _ask(
             "invalid_answer", f"{release.name} gave other tensors than a release", cause=str(error)
         ) from error
     verify(ran.inference, release)
-    return Answer(release, candidate.route, ran.inference, ran.sent)
+    return Answer(release, choice.route, ran.inference, ran.sent)

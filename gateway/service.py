@@ -128,12 +128,12 @@ class Service:
         Raises:
             Failure: there is no answer.
         """
-        candidates = self.router.choose(picture.pin, picture.metadata, headers)
+        choices = self.router.choose(picture.pin, picture.metadata, headers)
         data, asked = picture.data, time.monotonic()
         if picture.url is not None:
             data = await self.fetcher.fetch(picture.url, caller.deadline - asked, picture.share)
         began = time.monotonic()
-        answer = await predict(self.dispatcher, candidates, data, caller, self._may_cover)
+        answer = await predict(self.dispatcher, choices, data, caller, self._may_cover)
         return Prediction(answer, data, picture.metadata, began, time.monotonic(), began - asked)
 
     def _may_cover(self, release: str) -> bool:

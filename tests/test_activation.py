@@ -13,7 +13,7 @@ from contract import Golden
 from export.repository import Repository
 from gateway.triton import activation
 from gateway.triton.client import Inference, ModelState, TritonError
-from gateway.triton.inventory import Known, Releases
+from gateway.triton.inventory import Inventory, Known
 from tests.conftest import GatewayProcess, free_endpoint, http, wait_for
 from tests.test_outages import GOOD, MANIFEST, predict
 from tests.test_problems import IMAGE, assert_problem
@@ -144,7 +144,7 @@ class Faltering:
 
 def test_trouble_on_the_way_is_no_verdict() -> None:
     manifest = replace(MANIFEST, golden=(Golden("a", b"", "damaged", dict(GOOD.scores)),), tolerance=0.01)
-    releases = Releases(None, "defect", 1)  # type: ignore[arg-type]
+    releases = Inventory(None, "defect", 1)  # type: ignore[arg-type]
     release = Known("defect-v3", 3, manifest, "new", is_tried=False)
     releases.known = (release,)
 
@@ -193,7 +193,7 @@ class Moving:
 
 def test_what_answers_goes_on_while_triton_loads_it_again_and_what_is_new_waits() -> None:
     triton = Moving()
-    releases = Releases(triton, "defect", 1)  # type: ignore[arg-type]
+    releases = Inventory(triton, "defect", 1)  # type: ignore[arg-type]
 
     def look(*states: ModelState) -> list[str]:
         triton.states = list(states)

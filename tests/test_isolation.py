@@ -22,7 +22,7 @@ from gateway.dispatch.release_queue import ReleaseQueue
 from gateway.metrics import Metrics
 from gateway.predict import Answer, RequestInfo, predict
 from gateway.problems import Failure
-from gateway.routing.router import Candidate
+from gateway.routing.router import Choice
 from gateway.settings import Settings
 from gateway.supervision import Tasks
 from gateway.triton.client import Inference, ModelState, TritonError
@@ -142,8 +142,8 @@ class World:
         return "answered"
 
     async def predict(self, *releases: Any, picture: bytes = b"picture") -> Answer:
-        candidates = [Candidate(release, "stable" if not i else "fallback") for i, release in enumerate(releases)]
-        return await predict(self.dispatcher, candidates, picture, RequestInfo("id", "one", time.monotonic() + 20))
+        choices = [Choice(release, "stable" if not i else "fallback") for i, release in enumerate(releases)]
+        return await predict(self.dispatcher, choices, picture, RequestInfo("id", "one", time.monotonic() + 20))
 
 
 async def fails() -> None:

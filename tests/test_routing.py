@@ -27,7 +27,7 @@ from gateway.routing.rollback import _target as target_of
 from gateway.routing.router import Router, draw
 from gateway.routing.routing_file import RoutingFile
 from gateway.triton.client import TritonClient
-from gateway.triton.inventory import CHECKING, Known, Releases
+from gateway.triton.inventory import CHECKING, Inventory, Known
 from tests.conftest import ROOT, GatewayProcess, free_endpoint, free_port, http, wait_for
 from tests.test_outages import MANIFEST, predict
 from tests.test_problems import IMAGE, assert_problem
@@ -338,7 +338,7 @@ class Starting:
     triton_version, pipeline = "2.51.0", "defect"
 
     def __init__(self, *numbers: int) -> None:
-        self.releases = Releases(cast(TritonClient, None), "defect", 1.0)
+        self.releases = Inventory(cast(TritonClient, None), "defect", 1.0)
         self.add(*numbers)
 
     def add(self, *numbers: int) -> None:

@@ -25,7 +25,7 @@ Route = Literal["stable", "canary", "pinned", "fallback"]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Choice:
     """A release that may answer, and why it would be this one."""
 
     release: Manifest
@@ -136,21 +136,21 @@ class Router:
         shares = {"stable": 100.0 - to_canary, "canary": to_canary}
         return sum(shares.get(role, 0.0) for role in in_force.roles(name))
 
-    def choose(self, pin: str | None, metadata: Metadata, headers: Mapping[str, str]) -> list[Candidate]:
+    def choose(self, pin: str | None, metadata: Metadata, headers: Mapping[str, str]) -> list[Choice]:
         """Who may answer a request, in this order.
 
         Raises:
             Failure: the pinned release cannot answer, or none can.
         """
         if pin is not None:
-            return [Candidate(self._pinned(pin), "pinned")]
+            return [Choice(self._pinned(pin), "pinned")]
         in_force = self.in_force()
         stable = self._stable(in_force)
-        rest = [Candidate(release, "fallback") for release in in_force.others]
+        rest = [Choice(release, "fallback") for release in in_force.others]
         rule = self.file.routing.canary
         if in_force.canary and rule and draw(_sticky(rule.sticky, metadata, headers)) < rule.percent:
-            return [Candidate(in_force.canary, "canary"), Candidate(stable, "fallback"), *rest]
-        return [Candidate(stable, "stable"), *rest]
+            return [Choice(in_force.canary, "canary"), Choice(stable, "fallback"), *rest]
+        return [Choice(stable, "stable"), *rest]
 
     def _pinned(self, name: str) -> Manifest:
         known = self._releases.find(name)

@@ -13,7 +13,7 @@ from contract import Manifest
 from gateway.problems import Failure
 from gateway.supervision import failed
 from gateway.triton.client import Inference, MalformedAnswer, TritonClient, TritonError
-from gateway.triton.inventory import Known, Releases
+from gateway.triton.inventory import Inventory, Known
 from gateway.triton.verification import verify
 
 _ATTEMPTS = 4
@@ -53,14 +53,14 @@ async def _ask(triton: TritonClient, release: str, picture: bytes) -> Inference:
     return (await triton.infer(release, [picture], f"{release}:golden", _PATIENCE_S))[0]
 
 
-async def follow(triton: TritonClient, releases: Releases) -> None:
+async def follow(triton: TritonClient, releases: Inventory) -> None:
     """Try what has not been tried, after the next refresh; one release that hangs holds up no other."""
     await releases.refreshed.wait()
     releases.refreshed.clear()
     await asyncio.gather(*(_try(triton, releases, release) for release in releases.untried()))
 
 
-async def _try(triton: TritonClient, releases: Releases, release: Known) -> None:
+async def _try(triton: TritonClient, releases: Inventory, release: Known) -> None:
     if release.manifest is None:
         return
     try:

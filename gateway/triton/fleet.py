@@ -29,7 +29,7 @@ from gateway.supervision import Tasks, failed
 from gateway.triton import activation
 from gateway.triton.client import MalformedAnswer, TritonClient, TritonError
 from gateway.triton.deaths import Deaths, step_of, steps_of
-from gateway.triton.inventory import Releases
+from gateway.triton.inventory import Inventory
 
 _PROBE_EVERY_S, _PROBE_SELDOM_S = 0.1, 1.0
 """A golden picture is sent again after so long: the first, and twice as long each time, up to the second."""
@@ -92,7 +92,7 @@ class Replica:
     def __init__(self, url: str, settings: Settings, on_change: Callable[[], None]) -> None:
         self.url = url
         self.triton = TritonClient(url)
-        self.releases = Releases(self.triton, settings.pipeline, settings.probe_timeout_s)
+        self.releases = Inventory(self.triton, settings.pipeline, settings.probe_timeout_s)
         self.calls = 0
         """On their way now."""
         self.called_at = -math.inf

@@ -45,7 +45,7 @@ class Known:
         return self.reason.endswith(CHECKING) or self.reason.startswith(NOT_YET_ON)
 
 
-class Releases:
+class Inventory:
     """The releases of one pipeline on one Triton, kept current by calling `refresh`."""
 
     def __init__(self, triton: TritonClient, pipeline: str, probe_timeout: float) -> None:
