@@ -1,4 +1,4 @@
-"""Parts of a stack that end by themselves are started again: at once, then ever later, and in the end not any more."""
+"""Parts of a stack that end by themselves are started again: at once, then ever later, and in the end no more."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class _History:
 
 
 class Supervisor:
-    """Looks after parts, by their names. The others go on without one that is `spare`, so it is never given up."""
+    """Looks after parts, by their names. The others go on without one that is `spare`, so it is never abandoned."""
 
     def __init__(self, parts: Mapping[str, Part], spare: Collection[str] = ()) -> None:
         self._parts = {name: (part, _History()) for name, part in parts.items()}
         self._spare = spare
 
     def run(self) -> int:
-        """Until one is given up, after `MOST_FAILURES` between which it never ran for `CALM_S`: its exit status."""
+        """Until one is abandoned, after `MOST_FAILURES` between which it never ran for `CALM_S`: its exit status."""
         while True:
             for name, (part, history) in self._parts.items():
                 if (status := self._look(name, part, history, time.monotonic())) is not None:
