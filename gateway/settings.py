@@ -128,6 +128,8 @@ class Settings(BaseSettings):
     """Time for requests in flight when the gateway is stopped, after draining."""
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
     """Least severe log lines that are written."""
+    log_format: str = Field(default="auto", pattern="^(auto|json|text)$")
+    """What `make serve` shows: every line (json), or stages and news (text); auto is text on a terminal, else json."""
 
     @field_validator("max_held_bytes")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -56,6 +57,44 @@ def test_serve_gets_ready_from_a_clone_and_ctrl_c_leaves_nothing(tmp_path: Path)
         pass
     else:
         raise AssertionError("the gateway still answers")
+
+
+def test_a_terminal_gets_stages_and_news_and_a_file_all_lines(pristine: Path, tmp_path: Path) -> None:
+    repository = Path(shutil.copytree(pristine, tmp_path / "model_repository"))
+    log = tmp_path / "log"
+    ports = {**free_endpoint().to_environment(), "GATEWAY_PORT": str(free_port()), "GATEWAY_LOG_FORMAT": "text"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "triton_runtime.stack", "--repository", str(repository)],
+            cwd=ROOT,
+            env={**os.environ, **ports},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        wait_for(lambda: "all logs: " in log.read_text(), 120)
+        shown = log.read_text()
+        assert re.fullmatch(
+            r"starting Triton \.\.\. [\d.]+ s\n"
+            r"starting the gateway, which tries each release \.\.\. [\d.]+ s\n"
+            r"defect-v1: parcel-damaged\.jpg is damaged \(0\.\d\d\)\nready: \S+\ndocs: \S+/docs\ntry: curl .*\n"
+            r"all logs: build/serve\.log; Ctrl-C stops everything\n",
+            shown,
+        ), shown
+        drop = repository / "defect_classifier" / "2"
+        drop.mkdir()
+        (drop / "model.onnx").write_bytes(b"no model")
+        refused = "watcher: defect_classifier/2 is refused: files: defect_classifier/2/model.onnx is no ONNX file"
+        wait_for(lambda: refused in log.read_text(), 60)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(90) == 0
+    finally:
+        process.terminate()
+        process.wait(120)
+    assert left_by(process) == set()
+    everything = (ROOT / "build" / "serve.log").read_text()
+    assert '"event": "refused"' in everything and '"path": "/v1/predict"' in everything
+    assert "defect_classifier 1: on the processor" in everything, "Triton's lines, too"
 
 
 def children(pid: int) -> dict[str, int]:

@@ -118,7 +118,7 @@ class TritonServer:
         poll_seconds: int = 2,
         grace_seconds: int = 30,
         verbose: bool = False,
-        log: IO[bytes] | None = None,
+        log: IO[bytes] | int | None = None,
         heals: bool = True,
     ) -> None:
         self.repository = repository.resolve()

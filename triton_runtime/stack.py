@@ -26,6 +26,7 @@ from triton_runtime.installation import Missing, check_port, port_from_environme
 from triton_runtime.server import Endpoint, TritonFailed, TritonServer, die_with_parent
 from triton_runtime.signals import Stopped, kill_group, unwind_on_signals, wait_for_end
 from triton_runtime.supervision import Part, Supervisor
+from triton_runtime.terminal import Terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "examples" / "parcel-damaged.jpg"
@@ -137,7 +138,7 @@ class Gateway(Child):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run until a signal comes (0), or a part cannot be started or is given up (its status, or 1)."""
+    """Run until a signal comes (0), or a part cannot be started or is abandoned (its status, or 1)."""
     parse = argparse.ArgumentParser(prog="python -m triton_runtime.stack", description=__doc__)
     parse.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: model_repository")
     parse.add_argument("--verbose", action="store_true", help="Triton's whole log, not only warnings")
@@ -166,16 +167,34 @@ def _serve(options: argparse.Namespace) -> int:
     if subprocess.run(exporting, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
         return 1
     endpoint = Endpoint.from_environment()
-    print("starting Triton ...", file=sys.stderr, flush=True)
-    with TritonServer(options.repository, endpoint, verbose=options.verbose) as triton:
-        triton.wait_until_ready()
-        with Gateway(endpoint, address, port) as gateway, Child("export", "watch", *repository) as watcher:
+    with _terminal() as terminal, contextlib.ExitStack() as parts:
+        with terminal.stage("starting Triton"):
+            triton = TritonServer(options.repository, endpoint, verbose=options.verbose, log=terminal.pipe())
+            parts.enter_context(triton).wait_until_ready()
+        with terminal.stage("starting the gateway, which tries each release"):
+            gateway = parts.enter_context(Gateway(endpoint, address, port, stdout=terminal.pipe()))
+            watcher = parts.enter_context(Child("export", "watch", *repository, stdout=terminal.pipe()))
             answer = gateway.predict(SAMPLE, timeout=30)
-            print(f"{answer['model_version']}: {SAMPLE.name} is {answer['label']} ({answer['confidence']:.2f})")
-            print(f"ready: {gateway.url}")
-            print(f"try: {gateway.example(SAMPLE.relative_to(ROOT))}", flush=True)
-            parts: dict[str, Part] = {"triton": triton, "gateway": gateway, "watcher": watcher}
-            return Supervisor(parts, spare={"watcher"}).run()  # what is dropped may end it; what answers goes on
+        print(f"{answer['model_version']}: {SAMPLE.name} is {answer['label']} ({answer['confidence']:.2f})")
+        print(f"ready: {gateway.url}")
+        print(f"docs: {gateway.url}/docs")
+        print(f"try: {gateway.example(SAMPLE.relative_to(ROOT))}", flush=True)
+        if terminal.path:
+            print(f"all logs: {terminal.path.relative_to(ROOT)}; Ctrl-C stops everything", flush=True)
+        running: dict[str, Part] = {"triton": triton, "gateway": gateway, "watcher": watcher}
+        return Supervisor(running, spare={"watcher"}).run()  # what is dropped may end it; what answers goes on
+
+
+def _terminal() -> Terminal:
+    """Where logs go: on a terminal to a file, but for what somebody should know; else all to where we write."""
+    shape = os.environ.get("GATEWAY_LOG_FORMAT", "auto")
+    is_text = shape == "text" or (shape != "json" and sys.stderr.isatty())
+    try:
+        return Terminal(ROOT / "build" / "serve.log" if is_text else None)
+    except OSError as error:
+        raise Missing(
+            f"{error.filename} cannot be written ({error.strerror}): GATEWAY_LOG_FORMAT=json needs no file"
+        ) from None
 
 
 if __name__ == "__main__":
