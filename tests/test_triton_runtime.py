@@ -339,23 +339,23 @@ def test_what_is_broken_of_one_pipeline_keeps_no_other_from_its_start(
 
 
 class Crashing(TritonServer):
-    """One that crashes so many times before it runs, as Triton does too seldom to be waited for."""
+    """One that left_to_crash so many times before it runs, as Triton does too seldom to be waited for."""
 
-    crashes = 0
+    left_to_crash = 0
 
     def command(self, server: Path, backends: Path) -> list[str]:
-        self.crashes -= 1
-        return ["sh", "-c", "kill -ABRT $$"] if self.crashes >= 0 else super().command(server, backends)
+        self.left_to_crash -= 1
+        return ["sh", "-c", "kill -ABRT $$"] if self.left_to_crash >= 0 else super().command(server, backends)
 
 
 def test_a_crash_at_the_start_is_tried_again_but_once(
     pristine: Path, release: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Crashing, "crashes", 1)
+    monkeypatch.setattr(Crashing, "left_to_crash", 1)
     with Crashing(pristine, free_endpoint()) as server:
         assert server.wait_until_ready() == [release]
     assert "crashed while starting" in capsys.readouterr().err
-    monkeypatch.setattr(Crashing, "crashes", 2)
+    monkeypatch.setattr(Crashing, "left_to_crash", 2)
     with Crashing(pristine, free_endpoint()) as server, pytest.raises(TritonFailed, match="status -6"):
         server.wait_until_ready()
 
