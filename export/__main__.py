@@ -110,7 +110,7 @@ def _run(arguments: list[str]) -> int:
             for folder, verdict in cleared.refused.items():
                 report(f"NO  {folder}: {verdict.cause}")
             for path, target in cleared.removed.items():
-                report(f"removed {path}, a link to {target}: Triton would follow it at every poll")
+                report(f"removed {path}, a link to {target}: {links.WHY}")
         except (RepositoryError, OSError) as error:
             report(f"trouble: {error}")
         for pipeline in repository.pipelines():

@@ -88,8 +88,9 @@ def _entries(root: Path) -> Iterator[Finding]:
     if rights.is_closed(root):
         yield _error(".", rights.WHY, rights.remedy(root))
     for folder, names, files in os.walk(root):
-        if Path(folder) != root:  # in a model, what is hidden is read by nobody
-            names[:], files[:] = ([name for name in each if not is_hidden(name)] for each in (names, files))
+        if Path(folder) != root:  # in a model, what is hidden is read by nobody; but Triton stumbles over any link
+            for each in (names, files):
+                each[:] = [name for name in each if not is_hidden(name) or Path(folder, name).is_symlink()]
         for path in (Path(folder, name) for name in (*names, *files)):
             try:
                 yield from _entry(root, path)
@@ -124,7 +125,7 @@ def _folder(folder: Path) -> Iterator[Finding]:
         if path.is_dir():
             if path.name[0].isdigit() and not is_version(path.name):
                 yield _error(place, "Triton takes it for a version: it starts with a digit", "stage outside of it")
-        elif path.name != "config.pbtxt":
+        elif path.name != "config.pbtxt" and not path.is_symlink():
             yield _warning(place, "a loose file: each change of it reloads the model's live versions", "move it out")
 
 

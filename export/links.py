@@ -1,9 +1,11 @@
-"""Links to folders in a repository: removed at first sight, because Triton follows them.
+"""Links in a repository that harm Triton: removed at first sight.
 
-At each poll Triton dates a model by everything below its folder, through links. With one that leads to a large tree
-it answers nothing until the walk is over, and a server that starts does not come up.
+At each poll Triton dates a model by everything below its folder, through links to folders. With one that leads to a
+large tree it answers nothing until the walk is over, and a server that starts does not come up. Two kinds stay: a whole
+model may lie elsewhere, and so may a version that a release pins. Somebody moved it.
 
-Two kinds stay. A whole model may lie elsewhere, and so may a version that a release pins: somebody moved it.
+A link in a model's folder that leads nowhere, or in a circle, is worse: Triton cannot tell what it is, and then takes
+no notice of the whole model, at a start of none of its versions. Whatever its name is, and be it an editor's lock.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from export.exam_worker import Check
 from export.publish import write_verdict
 from export.repository import Repository, holds_config, is_version
 
+WHY = "Triton would follow it, or stumble over it, at every poll"
+
 
 @dataclass(frozen=True)
 class Cleared:
@@ -31,7 +35,7 @@ class Cleared:
 
 
 def clear(repository: Repository) -> Cleared:
-    """Remove the links to folders. In a version that no release pins, the verdict says where each led.
+    """Remove the links that harm. In a version that no release pins, the verdict says where each led.
 
     Such a version that is itself a link becomes a folder. In the steps of a pipeline of which a release cannot be read
     everything stays: nobody knows what it pins.
@@ -40,7 +44,7 @@ def clear(repository: Repository) -> Cleared:
         OSError: the repository cannot be written.
     """
     cleared = Cleared()
-    links = list(_to_folders(repository.root))
+    links = list(_harmful(repository.root))
     if not links:  # nearly always, so what releases pin need not be read at each look
         return cleared
     steps, pinned, unknown = _versions(repository)
@@ -49,7 +53,7 @@ def clear(repository: Repository) -> Cleared:
     for path in links:
         model, *rest = path.relative_to(repository.root).parts
         version = repository.root.joinpath(model, *rest[:1])
-        if model in unknown or path in pinned:
+        if (model in unknown or path in pinned) and path.exists():
             continue
         if model in steps and rest and is_version(version.name) and version not in pinned:
             dropped[version].append(path)
@@ -92,12 +96,14 @@ def _refuse(repository: Repository, version: Path, links: Iterable[Path]) -> Ver
     return verdict
 
 
-def _to_folders(root: Path) -> Iterator[Path]:
-    """The links to folders, but for whole models."""
-    for parent, names, _ in os.walk(root):  # which names them, and does not follow them
+def _harmful(root: Path) -> Iterator[Path]:
+    """The links to folders, but for whole models, and those in a model's folder that lead nowhere."""
+    for parent, names, files in os.walk(root):  # which names them, and does not follow them
         for path in (Path(parent, name) for name in names if os.path.islink(os.path.join(parent, name))):
             if path.parent != root or not holds_config(path):
                 yield path
+        if Path(parent).parent == root:
+            yield from (path for name in files if (path := Path(parent, name)).is_symlink() and not path.exists())
 
 
 def _remove(paths: Iterable[Path]) -> dict[Path, str]:

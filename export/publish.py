@@ -44,7 +44,7 @@ overrules agreement, accuracy and cost, says so loudly, and is recorded in the r
 
 
 class Withdrawn(RepositoryError):
-    """What was dropped is not there any more, so nobody wants to know what is wrong with it."""
+    """What was dropped is gone, or is something else now, so nobody wants to know what is wrong with it."""
 
 
 class Refused(ValueError):
@@ -77,12 +77,13 @@ class Examiner:
         Raises:
             Refused: it did not pass.
             Overtaken: while it was examined, the release that it was put together with was followed or retired.
-            Withdrawn: while it was examined, what was dropped was removed.
+            Withdrawn: while it was examined, what was dropped was removed or changed.
             RepositoryError: the repository is not what its releases say, or the candidate does not fit it.
         """
         if self.repository.published(candidate):
             return self.repository.publish(candidate, self.serving, new=False)
         self.repository.require_fit(candidate, self.serving)
+        dropped = {folder: exam.state_of(folder) for folder in self._dropped(candidate)}
         rules = self.rules.for_half() if _is_half(candidate) else self.rules
         with tempfile.TemporaryDirectory(prefix="exam-") as scratch:
             folders = {}
@@ -103,10 +104,11 @@ class Examiner:
                 has_own_golden=self.golden.resolve() != GOLDEN or candidate.pipeline == "defect",
             )
             outcome = exam.examine(
-                subject, rules, report, force=self.force, require_wanted=lambda: self._require_there(candidate)
+                subject, rules, report, force=self.force, require_wanted=lambda: self._require_as_it_was(dropped)
             )
         if not outcome.verdict.passed:
             raise Refused(outcome.verdict)
+        self._require_as_it_was(dropped)
         passed = replace(
             candidate,
             evaluation={**candidate.evaluation, **outcome.verdict.evaluation},
@@ -116,11 +118,20 @@ class Examiner:
         )
         return self.repository.publish(passed, self.serving)
 
-    def _require_there(self, candidate: Candidate) -> None:
-        for step, number in candidate.numbers.items():
-            folder = self.repository.step_folder(candidate.pipeline, step, number)
-            if not folder.is_dir():
-                raise Withdrawn(f"{folder.relative_to(self.repository.root)} was removed while it was examined")
+    def _dropped(self, candidate: Candidate) -> list[Path]:
+        """The folders of the versions that are to become part of a release; others may be dated anew meanwhile."""
+        newest = self.repository.newest(candidate.pipeline)
+        return [
+            self.repository.step_folder(candidate.pipeline, step, number)
+            for step, number in candidate.numbers.items()
+            if newest is None or newest.steps[step].version != number
+        ]
+
+    def _require_as_it_was(self, dropped: Mapping[Path, str]) -> None:
+        for folder, state in dropped.items():
+            if not folder.is_dir() or exam.state_of(folder) != state:
+                how = "changed" if folder.is_dir() else "was removed"
+                raise Withdrawn(f"{folder.relative_to(self.repository.root)} {how} while it was examined")
 
     def publish_drop(self, pipeline: str, numbers: Mapping[str, int], report: Report) -> Published:
         """Examine dropped versions, the steps not named being those of the newest release, and publish.

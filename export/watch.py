@@ -110,7 +110,7 @@ class Watcher:
             for folder, verdict in cleared.refused.items():
                 self._event("refused", drop=self._place(folder), cause=verdict.cause)
             for path, target in cleared.removed.items():
-                how = f"the link to {target} is removed: Triton would follow it at every poll"
+                how = f"the link to {target} is removed: {links.WHY}"
                 self._event("repaired", path=self._place(path), how=how)
         for drop in [drop for drop in self._seen if drop.pipeline not in pipelines]:
             self._forget(drop)

@@ -452,6 +452,42 @@ def test_a_model_may_lie_elsewhere(tiny: Repository, tmp_path: Path) -> None:
     assert folder.is_symlink()
 
 
+@pytest.mark.parametrize(("name", "target"), [("31", "/nonexistent"), ("30", "30"), (".#config.pbtxt", "me@host.1:2")])
+def test_a_link_that_leads_nowhere_is_removed_before_it_hides_a_step_from_triton(
+    tiny: Repository, name: str, target: str
+) -> None:
+    link = tiny.root / "tiny_classifier" / name
+    link.symlink_to(target)
+    assert [f.place for f in doctor.inspect(tiny.root)] == [f"tiny_classifier/{name}"]
+    watcher = watcher_of(tiny, events := [])
+    watcher.look()
+    assert not link.is_symlink()
+    text = json.dumps(events)
+    assert target in text and ("refused" if name.isdigit() else "repaired") in text
+    with TritonServer(tiny.root, free_endpoint(), poll_seconds=1) as server:
+        assert server.wait_until_ready() == ["tiny-v1"]
+
+
+def test_a_drop_that_changes_while_it_is_examined_is_examined_again(
+    tiny: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = drop(tiny, 2)
+    examine = exam.examine
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        outcome = examine(*arguments, **options)
+        if len(events) < 30:
+            drops.BROKEN["truncated"].make(folder)
+        return outcome
+
+    monkeypatch.setattr("export.publish.exam.examine", slowly)
+    watcher = watcher_of(tiny, events := [])
+    for _ in range(5):
+        watcher.look()
+    said = [name for name in names(events) if name != "check"]
+    assert said == ["seen", "examining", "changed", "examining", "refused"]
+
+
 def test_links_to_folders_are_gone_before_triton_starts(tiny: Repository) -> None:
     """Else it would not come up."""
     link = tiny.step_folder("tiny", "classifier", 20)

@@ -259,6 +259,8 @@ def test_whole_numbers_in_floats_are_scaled_as_such(most: int) -> None:
     samples = floats(0, most, whole=True)
     got = preprocess(encode(Image.fromarray(samples), "TIFF")).astype(int)
     assert np.abs(got - preprocess(encode(Image.fromarray(samples / most), "TIFF"))).max() <= 1
+    as_integers = preprocess(encode(Image.fromarray(samples.astype(np.int32)), "TIFF"))
+    assert np.abs(got - as_integers).max() <= 1, "32 bits say no more of the scale than floats do"
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from contract import Manifest
 from gateway.problems import Failure
 from gateway.routing.catalogue import Catalogue
+from gateway.routing.rollback import RollbackError
 from gateway.routing.rollback import _target as target_of
 from gateway.routing.router import Router, draw
 from gateway.routing.routing_file import RoutingFile
@@ -573,6 +574,20 @@ def test_while_triton_is_away_a_rollback_goes_to_any_release() -> None:
     assert target_of(now, "defect-v1") == "defect-v1"
     now["releases"][0]["state"] = "ready"
     assert target_of(now, None) == "defect-v1"
+
+
+def test_a_rollback_never_goes_to_the_shadow() -> None:
+    now = {
+        "stable": "defect-v3",
+        "releases": [{"name": f"defect-v{number}", "state": "ready", "reason": ""} for number in (1, 2, 3)],
+        "routing": {"canary": None, "shadow": {"release": "defect-v2", "percent": 100}},
+    }
+    assert target_of(now, None) == "defect-v1"
+    with pytest.raises(RollbackError, match="is the shadow"):
+        target_of(now, "defect-v2")
+    del now["releases"][0]
+    with pytest.raises(RollbackError, match="no active release is older than defect-v3 but the shadow, defect-v2"):
+        target_of(now, None)
 
 
 # ---- a release that goes ----

@@ -38,7 +38,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Seen:
-    """The stubs of a server: each living one with the file of the model's version that it runs, and the dead ones.
+    """The stubs of a server, its only children: each living one with the file that it runs, and the dead ones.
 
     `ending` are those that do not say what they run: they begin just now, or end, and are dead the next time.
     """
@@ -64,14 +64,12 @@ def look(server: int, strangers: set[int] | None = None, proc: Path = PROC) -> S
         name, state, parent, started = found
         if parent != server:
             strangers.add(pid)
-        elif name == _COMM:
-            process = Process(pid, started)
-            if state in "ZX":
-                dead.add(process)
-            elif model := _model(proc / str(pid)):
-                living[process] = model
-            else:
-                ending.add(process)
+        elif state in "ZX":  # whatever its name: before it became a stub it had the server's
+            dead.add(Process(pid, started))
+        elif name == _COMM and (model := _model(proc / str(pid))):
+            living[Process(pid, started)] = model
+        else:
+            ending.add(Process(pid, started))
     return Seen(living, frozenset(dead), frozenset(ending))
 
 

@@ -303,17 +303,20 @@ def _active(now: dict[str, Any]) -> list[str]:
 
 
 def _target(now: dict[str, Any], to: str | None) -> str:
-    active = _active(now)
+    active, shadow = _active(now), (now["routing"].get("shadow") or {}).get("release")
     if to is not None:
+        if to == shadow:
+            raise RollbackError(f"{to} is the shadow, which never answers: take [shadow] out of the routing file first")
         if to in active:
             return to
         reasons = {release["name"]: release["reason"] for release in now["releases"]}
         raise RollbackError(f"{to} may not answer: {reasons.get(to, 'it is not there')}; active: {_listed(active)}")
     if now["stable"] is None:
         raise RollbackError("no release answers now: name one with --to")
-    older = [name for name in active if _number(name) < _number(now["stable"])]
+    older = [name for name in active if _number(name) < _number(now["stable"]) and name != shadow]
     if not older:
-        raise RollbackError(f"nothing to roll back to: no active release is older than {now['stable']}")
+        but = f" but the shadow, {shadow}" if shadow and _number(shadow) < _number(now["stable"]) else ""
+        raise RollbackError(f"nothing to roll back to: no active release is older than {now['stable']}{but}")
     return max(older, key=_number)
 
 

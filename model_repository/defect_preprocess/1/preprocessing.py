@@ -25,7 +25,8 @@ The steps, in order:
    1, L, P, RGB with a            RGBA
    transparent colour (tRNS)
    I;16, I;16L, I;16B, I;16N      L, 0..65535 scaled to 0..255; RGBA with a transparent value
-   I                              L, as I;16, negative numbers as 0; beyond -65535..65535 it is refused
+   I                              L, numbers up to 255 as such, else as I;16, negative ones as 0; beyond
+                                  -65535..65535 it is refused
    F                              L, clipped to 0..1 and scaled to 0..255; what is not a number becomes 0. Whole
                                   numbers up to 255, or 65535, are scaled as such; all else beyond -1..2 is refused
    =============================  ==========================================================================
@@ -35,7 +36,7 @@ The steps, in order:
 5. Lay what is transparent on white.
 6. Turn upright as the EXIF orientation says (of a PNG: the one in eXIf). An unreadable EXIF block counts as "upright".
 
-Whatever the file is, it is given up after `MAX_SECONDS` of a processor's time, at the next place where Pillow reads on.
+Whatever the file is, it is abandoned after `MAX_SECONDS` of a processor's time, where Pillow reads on the next time.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ MAX_PARTS = MAX_PIXELS // 16**2
 """Strips or tiles of a TIFF: the largest picture in the smallest tiles. More are refused unread."""
 
 MAX_SECONDS = 5.0
-"""Processor time after which a picture is given up: twice what decoding the dearest sound one takes. It is looked at
+"""Processor time after which a picture is abandoned: twice what decoding the dearest sound one takes. It is looked at
 between two reads of the file, so what a decoder does in one go comes on top: docs/operations.md has the figures. It is
 the processor's time, not the clock's, so that no picture is refused because others keep the machine busy."""
 
@@ -101,6 +102,7 @@ _OTHERS = tuple(
         (rb"\0\0\0\x0cJXL |\xff\x0a", "JPEG XL"),
         (rb"%PDF", "PDF"),
         (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript"),
+        (rb"\0\0[\x02\x0a]\0{5}", "TGA"),
         (rb"\0\0[\x01\x02]\0", "ICO"),
         (rb"8BPS", "a Photoshop file"),
         (rb"gimp xcf", "a GIMP file"),
@@ -629,7 +631,8 @@ def _canonical(picture: Image.Image, data: bytes = b"") -> Image.Image:
         if mode in ("L", "RGB"):
             return picture
         if mode.startswith("I"):
-            return _grey(picture, _of_integers)
+            white = _scale_of_integers(picture) if mode == "I" else 65535
+            return _grey(picture, lambda piece: _of_integers(piece, white))
         if mode == "F":
             scale = _scale_of_floats(picture)
             return _grey(picture, lambda piece: _of_floats(piece, scale))
@@ -680,12 +683,21 @@ def _grey_with_transparent(picture: Image.Image, transparent: int) -> Image.Imag
     return Image.merge("RGBA", (grey, grey, grey, alpha))
 
 
-def _of_integers(picture: Image.Image) -> np.ndarray:
-    samples = np.asarray(picture, dtype=np.int64)
-    if samples.max() > 65535 or samples.min() < -65535:
-        worst = max(samples.max(), samples.min(), key=abs)
+def _scale_of_integers(picture: Image.Image) -> int:
+    """The number that is white where a sample has 32 bits: 255 where no number is larger, else 65535."""
+    lowest, highest = 0, 0
+    for box in _pieces(picture):
+        samples = np.asarray(picture.crop(box), dtype=np.int64)
+        lowest, highest = min(lowest, int(samples.min())), max(highest, int(samples.max()))
+    if highest > 65535 or lowest < -65535:
+        worst = max(highest, lowest, key=abs)
         raise PictureError("image_unsupported", f"its numbers reach {worst}: integers of 0 to 65535 are taken")
-    return ((np.clip(samples, 0, 65535) * 255 + 32767) // 65535).astype(np.uint8)
+    return 255 if lowest >= 0 and highest <= 255 else 65535
+
+
+def _of_integers(picture: Image.Image, white: int = 65535) -> np.ndarray:
+    samples = np.asarray(picture, dtype=np.int64)
+    return ((np.clip(samples, 0, white) * 255 + white // 2) // white).astype(np.uint8)
 
 
 def _scale_of_floats(picture: Image.Image) -> int:
