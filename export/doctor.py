@@ -89,8 +89,9 @@ def _entries(root: Path) -> Iterator[Finding]:
         yield _error(".", rights.WHY, rights.remedy(root))
     for folder, names, files in os.walk(root):
         if Path(folder) != root:  # in a model, what is hidden is read by nobody; but Triton stumbles over any link
+            is_model = Path(folder).parent == root
             for each in (names, files):
-                each[:] = [name for name in each if not is_hidden(name) or Path(folder, name).is_symlink()]
+                each[:] = [n for n in each if not is_hidden(n) or (is_model and Path(folder, n).is_symlink())]
         for path in (Path(folder, name) for name in (*names, *files)):
             try:
                 yield from _entry(root, path)
