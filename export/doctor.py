@@ -225,5 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
         line = f"{finding.severity}: {finding.place}: {finding.problem}; {finding.remedy}"
         console.print(line, markup=False, style="red" if finding.severity == "error" else "yellow")
     errors = sum(finding.severity == "error" for finding in findings)
-    console.print(f"{errors} errors, {len(findings) - errors} warnings in {options.repository}", markup=False)
+    counts = ((errors, "error"), (len(findings) - errors, "warning"))
+    told = ", ".join(f"{count} {name}{'s' if count != 1 else ''}" for count, name in counts)
+    console.print(f"{told} in {options.repository}", markup=False)
     return 1 if errors else 0

@@ -281,7 +281,8 @@ class Repository:
                 found := Step.read(self.step_folder(name, step, versions[-1]))
             ):
                 return found
-        raise RepositoryError(f"{self.root} has no defect_{step} to take the code of the step from")
+        remedy = "begin with a copy of this checkout's model_repository"
+        raise RepositoryError(f"{self.root} has no defect_{step} to take the code of the step from: {remedy}")
 
     def publish(self, candidate: Candidate, serving: config.Serving, *, new: bool = True) -> Published:
         """Publish `candidate` as a release, or complete the release that it already is; without `new`, only that.

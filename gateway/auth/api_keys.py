@@ -156,6 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f'\n[[keys]]\nclient = "{options.client}"\nsha256 = "{hash_of(key)}"')
     if options.expires:
         print(f"expires = {options.expires}")
+        if options.expires <= datetime.now(timezone.utc).date():
+            print(f"{options.expires} is over already, so nobody can use it.", file=sys.stderr)
     return 0
 
 
