@@ -554,6 +554,21 @@ def test_it_can_be_left_to_others_and_is_over_when_the_server_is_stopped(tiny: R
     assert healers() == before
 
 
+def test_a_process_that_died_before_it_became_a_stub_is_dead_too() -> None:
+    """It has its parent's name until then. Triton waits for it forever."""
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        assert child in {each.pid for each in stubs.look(os.getpid()).ending}
+        os.kill(child, signal.SIGKILL)
+        wait_for(lambda: child in {each.pid for each in stubs.look(os.getpid()).dead}, 10)
+    finally:
+        os.waitpid(child, 0)
+    assert child not in {each.pid for each in stubs.look(os.getpid()).dead}
+
+
 # ---- in a container ----
 
 
@@ -590,7 +605,9 @@ def test_the_health_check_ends_a_server_that_keeps_a_dead_process(tiny: Reposito
 def test_the_health_check_does_not_take_the_next_server_for_the_last(tmp_path: Path) -> None:
     """A container that is restarted keeps its files, and its server has the same number."""
     memory = tmp_path / "stubs.json"
-    memory.write_text(f'{{"server": "{os.getpid()}, 1", "dead": {{}}, "told": 0}}')
-    assert stubs.check(os.getpid(), memory, patience=0, grace=0) == ""
-    memory.write_text("not JSON")
-    assert stubs.check(os.getpid(), memory, patience=0, grace=0) == ""
+    with subprocess.Popen(["sleep", "60"]) as server_:
+        memory.write_text(f'{{"server": "{server_.pid}, 1", "dead": {{}}, "told": 0}}')
+        assert stubs.check(server_.pid, memory, patience=0, grace=0) == ""
+        memory.write_text("not JSON")
+        assert stubs.check(server_.pid, memory, patience=0, grace=0) == ""
+        server_.kill()
