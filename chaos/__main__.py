@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,10 +20,9 @@ from chaos.stack import shared_memory
 from chaos.trial import Report, servers, stack_for, try_out
 from export.printing import wide_console
 from export.repository import Repository
+from harness import ROOT
+from harness.commands import command
 from triton_runtime.installation import Missing
-from triton_runtime.server import TritonFailed
-from triton_runtime.signals import Stopped, unwind_on_signals
-from triton_runtime.stack import ROOT
 
 _EPILOG = """In every row no answer may be wrong, later than its deadline, or an error without a type, and all gauges
 must be back at zero; in the rows with replicas and with bad clients no ordinary request may fail either. `failed`
@@ -32,6 +30,7 @@ counts good pictures with the default deadline that were not answered, `recovery
 fault to the last of them."""
 
 
+@command("chaos", 1)
 def main(arguments: list[str] | None = None) -> int:
     """Run the faults and print a table; 1 where a promise was not kept."""
     parse = argparse.ArgumentParser(prog="python -m chaos", description=__doc__, epilog=_EPILOG)
@@ -45,16 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     parse.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
     parse.add_argument("--log", type=Path, metavar="FILE", help="the gateways' log")
     options = parse.parse_args(arguments)
-    unwind_on_signals()
     faults = sorted((FAULTS[name] for name in options.only or FAULTS), key=lambda fault: bool(fault.routing))
     console = wide_console()
-    try:
-        reports = _run(faults, options, console)
-    except (Missing, TritonFailed, OSError) as error:
-        print(f"chaos: {error}", file=sys.stderr)
-        return 1
-    except Stopped:
-        return 1
+    reports = _run(faults, options, console)
     if options.json:
         options.json.write_text(json.dumps([report.to_json() for report in reports], indent=2) + "\n")
     console.print(table(reports))
@@ -67,8 +59,9 @@ def _run(faults: list[Fault], options: argparse.Namespace, console: Console) -> 
     if not Repository(options.repository).releases(options.pipeline):
         raise Missing(f"{options.repository} holds no release of {options.pipeline}: run 'make export'")
     reports: list[Report] = []
+    if options.log:
+        options.log.unlink(missing_ok=True)
     with contextlib.ExitStack() as context:
-        log = context.enter_context(open(options.log or os.devnull, "wb"))
         status = context.enter_context(console.status("starting Triton"))
         folder = Path(context.enter_context(TemporaryDirectory(prefix="chaos-")))
         for is_on_two, group in itertools.groupby(faults, lambda fault: bool(fault.routing)):
@@ -77,7 +70,7 @@ def _run(faults: list[Fault], options: argparse.Namespace, console: Console) -> 
             with servers(root, same := list(group)) as tritons:
                 for fault in same:
                     status.update(f"{fault.name} ({len(reports) + 1} of {len(faults)})")
-                    with stack_for(fault, tritons, options.pipeline, log, pair) as stack:
+                    with stack_for(fault, tritons, options.pipeline, options.log, pair) as stack:
                         known = Known(Repository(root).releases(options.pipeline), silent=fault.silent(pair))
                         reports.append(try_out(fault, stack, known, options.seconds, options.allowance_ms / 1000))
                     outcome = "; ".join(reports[-1].problems) or "passed"

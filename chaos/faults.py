@@ -17,15 +17,16 @@ from typing import Literal
 
 import psutil
 
-from chaos.load import Ask, Known, Load, Seen
+from chaos.load import Ask, Clients, Known, Seen
 from chaos.releases import Pair, poisoned
-from chaos.stack import Stack, send, wait_for
+from chaos.stack import Stack, send
 from contract import STEPS
 from export.exam import Verdict
 from export.repository import Repository
 from export.steps import VERDICT
-from triton_runtime.server import TritonFailed
-from triton_runtime.stack import ROOT, Child
+from harness import ROOT
+from harness.waiting import wait_for
+from triton_runtime.child import Child
 
 Spared = Literal["late", "untyped"]
 _CLIENTS = 48
@@ -100,18 +101,14 @@ def _kill_stubs_in_turn(stack: Stack, known: Known, hold: float) -> None:
 
 def _is_whole(stack: Stack, known: Known, step: str, last: int) -> bool:
     """Whether a step has a process that is newer than `last`, and the service answers."""
-    return stack.tritons[0].stubs(step)[-1].pid > last and stack.gateway.answers(known.good[0].body)
+    return stack.tritons[0].stubs(step)[-1].pid > last and bool(stack.gateway.predict(known.good[0].body))
 
 
 def _holds(condition: Callable[[], bool], seconds: float) -> bool:
-    def is_met() -> bool:
-        with contextlib.suppress(psutil.Error, IndexError):  # what is looked for may go this moment
-            return condition()
-        return False
-
+    """Whether a condition comes to hold; what it looks for may go this moment."""
     try:
-        wait_for(is_met, seconds)
-    except TritonFailed:
+        wait_for(condition, seconds, meanwhile=(OSError, psutil.Error, IndexError))
+    except TimeoutError:
         return False
     return True
 
@@ -126,7 +123,7 @@ OTHERS_VERSION = 2
 
 def _kill_release(stack: Stack, known: Known, hold: float) -> list[Seen]:
     """Kill the processes of a step of the other release again and again, while it is asked as well."""
-    with Load(known, stack.gateway, clients=6, pin=stack.pair.other) as pinned:
+    with Clients(known, stack.gateway, clients=6, pin=stack.pair.other) as pinned:
         until, kills = time.monotonic() + 3 * hold, 0
         while time.monotonic() < until:
             for triton in stack.tritons:
@@ -152,7 +149,7 @@ def _hang_release(stack: Stack, known: Known, hold: float) -> list[Seen]:
     for stub in stopped:
         send(stub, signal.SIGSTOP)
     # So many that their requests would fill all the room that the gateway has by default.
-    with Load(known, stack.gateway, clients=400, pause_s=2.0, pin=stack.pair.other) as crowd:
+    with Clients(known, stack.gateway, clients=400, pause_s=2.0, pin=stack.pair.other) as crowd:
         time.sleep(2 * hold)
     for stub in stopped:
         send(stub, signal.SIGKILL)  # to go on would be another fault: what was abandoned makes Triton 24.10 crash then
@@ -164,7 +161,7 @@ def _send_poison(stack: Stack, known: Known, hold: float) -> list[Seen]:
     poison = Ask(poisoned(known.good[0].body), "image/jpeg", frozenset({"image_crashes_server"}))
     before, seen = stack.pair.deaths(), []
     for _ in range(3):
-        with Load(known, stack.gateway, clients=1, most=4, only=[poison]) as attack:
+        with Clients(known, stack.gateway, clients=1, most=4, only=[poison]) as attack:
             attack.wait()
         seen += attack.seen
         time.sleep(hold)
@@ -231,7 +228,7 @@ def _extra(seen: list[Seen]) -> list[Seen]:
 
 def _kill_in_a_crowd(stack: Stack, known: Known, hold: float) -> list[Seen]:
     """Kill a server that has much in work."""
-    with Load(known, stack.gateway, clients=64, pause_s=0.0) as crowd:
+    with Clients(known, stack.gateway, clients=64, pause_s=0.0) as crowd:
         time.sleep(hold)
         stack.tritons[0].kill()
         time.sleep(hold)
@@ -257,14 +254,14 @@ def _swallow(stack: Stack, _: Known, hold: float) -> None:
 
 
 def _kill_gateway(stack: Stack, _: Known, hold: float) -> None:
-    stack.gateway.kill()
-    stack.gateway.start()
+    stack.gateway.restart()
+    stack.gateway.wait_until_ready(30)
 
 
 def _hang_gateway(stack: Stack, _: Known, hold: float) -> None:
-    send(stack.gateway.process, signal.SIGSTOP)
+    stack.gateway.process.send_signal(signal.SIGSTOP)
     time.sleep(hold)
-    send(stack.gateway.process, signal.SIGCONT)
+    stack.gateway.process.send_signal(signal.SIGCONT)
 
 
 # ---- clients ----
@@ -336,7 +333,7 @@ async def _babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _:
 
 
 def _flood(stack: Stack, known: Known, hold: float) -> list[Seen]:
-    with Load(known, stack.gateway, clients=64, pause_s=0.0, most=round(1000 * hold)) as flood:
+    with Clients(known, stack.gateway, clients=64, pause_s=0.0, most=round(1000 * hold)) as flood:
         flood.wait()
     return flood.seen
 

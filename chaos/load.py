@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
-import io
 import json
 import random
 import threading
@@ -18,8 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from chaos.stack import DEADLINE_S, Gateway
+from chaos.stack import DEADLINE_S
 from contract import Manifest
+from harness.gateway import GatewayProcess
+from harness.load import Answer, Pool, post
 
 _HANG_S = 15.0
 """After its deadline, a client waits so much longer before it calls that a hang."""
@@ -101,58 +101,7 @@ class Known:
         return golden.difference(answer["label"], scores, release.tolerance)
 
 
-class Connection:
-    """One client's connection, opened when it is needed."""
-
-    def __init__(self, port: int, pin: str = "") -> None:
-        self._port = port
-        self._path = f"/v1/predict?model_version={pin}" if pin else "/v1/predict"
-        self._writer: asyncio.StreamWriter | None = None
-
-    async def send(self, ask: Ask, timeout_ms: int | None, share: float = 1.0) -> None:
-        """Send a request, or the first `share` of its body.
-
-        Raises:
-            OSError: nobody listens, or the connection is lost.
-        """
-        if self._writer is None:
-            self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
-        lines = [
-            f"POST {self._path} HTTP/1.1",
-            "Host: chaos",
-            f"Content-Type: {ask.media_type}",
-            f"Content-Length: {len(ask.body)}",
-        ]
-        if timeout_ms is not None:
-            lines.append(f"X-Timeout-Ms: {timeout_ms}")
-        head = "\r\n".join(lines).encode() + b"\r\n\r\n"
-        self._writer.write(head + ask.body[: round(len(ask.body) * share)])
-        await self._writer.drain()
-
-    async def receive(self) -> tuple[int, http.client.HTTPMessage, bytes]:
-        """The response: status, headers, body.
-
-        Raises:
-            OSError, EOFError: the connection was lost before all of it came.
-        """
-        status_line = await self._reader.readline()
-        if not status_line:
-            raise EOFError("the connection was closed without an answer")
-        head = await self._reader.readuntil(b"\r\n\r\n")
-        headers = http.client.parse_headers(io.BytesIO(head))
-        body = await self._reader.readexactly(int(headers["Content-Length"]))
-        if headers.get("Connection", "").lower() == "close":
-            self.close()
-        return int(status_line.split()[1]), headers, body
-
-    def close(self) -> None:
-        """Leave, whatever is under way."""
-        if self._writer is not None:
-            self._writer.transport.abort()
-            self._writer = None
-
-
-class Load:
+class Clients:
     """Clients in a thread of their own, from entering the context until leaving it or until `most` requests.
 
     Args:
@@ -168,7 +117,7 @@ class Load:
     def __init__(
         self,
         known: Known,
-        gateway: Gateway,
+        gateway: GatewayProcess,
         *,
         clients: int = 12,
         pause_s: float = 0.2,
@@ -178,7 +127,7 @@ class Load:
     ) -> None:
         self.seen: list[Seen] = []
         self._known, self._port = known, gateway.port
-        self._problems = gateway.problems()
+        self._problems = {kind["code"]: kind["status"] for kind in gateway.page("/errors")}
         self._clients, self._pause_s = clients, pause_s
         self._left = most
         self._pin, self._only = pin, only
@@ -208,58 +157,67 @@ class Load:
         await asyncio.gather(*(self._client() for _ in range(self._clients)))
 
     async def _client(self) -> None:
-        connection = Connection(self._port, self._pin)
+        pool = Pool("127.0.0.1", self._port)
         while not self._is_ending and self._left != 0:
             if self._left is not None:
                 self._left -= 1
             drawn = self._chance.random()
             if self._only:
-                await self._ask(connection, self._chance.choice(self._only))
+                await self._ask(pool, self._chance.choice(self._only))
             elif drawn < 0.1:
-                await self._leave(connection)
+                await self._leave(pool)
             elif drawn < 0.3:
-                await self._ask(connection, self._chance.choice(self._known.bad))
+                await self._ask(pool, self._chance.choice(self._known.bad))
             else:
-                await self._ask(connection, self._chance.choice(self._known.good))
+                await self._ask(pool, self._chance.choice(self._known.good))
             await asyncio.sleep(self._pause_s * 2 * self._chance.random())
-        connection.close()
+        pool.close()
 
-    async def _leave(self, connection: Connection) -> None:
+    def _request(self, ask: Ask, timeout_ms: int | None) -> bytes:
+        path = f"/v1/predict?model_version={self._pin}" if self._pin else "/v1/predict"
+        timeout = [] if timeout_ms is None else [f"X-Timeout-Ms: {timeout_ms}"]
+        return post("chaos", path, ask.body, f"Content-Type: {ask.media_type}", *timeout)
+
+    async def _leave(self, pool: Pool) -> None:
+        """Send the head and none, a half or all of the body, and be gone."""
         sent = time.monotonic()
         share = self._chance.choice((0.0, 0.5, 1.0, 1.0))
+        ask = self._chance.choice(self._known.good)
+        request = self._request(ask, None)
         with contextlib.suppress(OSError):
-            await connection.send(self._chance.choice(self._known.good), None, share)
+            connection = await pool.take()
+            connection.write(request[: len(request) - round(len(ask.body) * (1 - share))])
             await asyncio.sleep(0.02 * self._chance.random())
-        connection.close()
+            connection.close()
         self.seen.append(Seen(sent, time.monotonic(), DEADLINE_S, "left", "", False))
 
-    async def _ask(self, connection: Connection, ask: Ask) -> None:
+    async def _ask(self, pool: Pool, ask: Ask) -> None:
         timeout_ms = None if self._only else self._chance.choice(_TIMEOUTS_MS)
         deadline_s = DEADLINE_S if timeout_ms is None else timeout_ms / 1000
         sent = time.monotonic()
         try:
             async with asyncio.timeout(deadline_s + _HANG_S):
-                await connection.send(ask, timeout_ms)
-                response = await connection.receive()
-            end, detail = self._judge(ask, *response)
+                connection = await pool.take()
+                answer = await connection.ask(self._request(ask, timeout_ms))
+            pool.give(connection)
+            end, detail = self._judge(ask, answer)
         except TimeoutError:
             end, detail = "untyped", "no answer"
-            connection.close()
-        except (OSError, EOFError) as error:  # IncompleteReadError is an EOFError
+        except (OSError, EOFError) as error:
             end, detail = "untyped", f"{type(error).__name__}"
-            connection.close()
         is_ordinary = timeout_ms is None and not ask.codes
         self.seen.append(Seen(sent, time.monotonic(), deadline_s, end, detail, is_ordinary))
 
-    def _judge(self, ask: Ask, status: int, headers: http.client.HTTPMessage, body: bytes) -> tuple[End, str]:
+    def _judge(self, ask: Ask, answer: Answer) -> tuple[End, str]:
+        status, body = answer.status, answer.body
         try:
             content = json.loads(body)
             if status == 200:
                 difference = self._known.difference(ask, content)
                 return ("wrong", difference) if difference else ("answered", "")
             code = content["code"]
-            if headers["Content-Type"] != "application/problem+json" or self._problems[code] != status:
-                return "untyped", f"{status} {headers['Content-Type']} {code}"
+            if not answer.has(b"content-type: application/problem+json") or self._problems[code] != status:
+                return "untyped", f"{status} {answer.head!r} {code}"
         except (ValueError, KeyError, TypeError):
             return "untyped", f"{status} {body[:60]!r}"
         if status in (408, 429) or status >= 500:

@@ -9,7 +9,7 @@ from export import config
 from export.candidate import Candidate
 from export.repository import Repository
 from export.steps import Step
-from triton_runtime.stack import ROOT
+from harness import ROOT
 
 _FUSE = b"chaos: end this process"
 _CODE = '''

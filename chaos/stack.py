@@ -7,25 +7,21 @@ without having been told to is started again, as `make serve`, Docker or Kuberne
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import threading
-import time
-import urllib.request
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Self
+from typing import Self
 
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 
 from chaos.proxy import Proxy
 from chaos.releases import Pair
+from harness.gateway import GatewayProcess
+from harness.ports import free_endpoint
 from triton_runtime.installation import SHARED_MEMORY_FOLDER
-from triton_runtime.ports import free_endpoint, free_port
 from triton_runtime.server import TritonFailed, TritonServer
-from triton_runtime.stack import Child
+from triton_runtime.stubs import look
 
 DEADLINE_S = 5.0
 """For a request that names none: the gateway's default."""
@@ -89,15 +85,13 @@ class Triton:
 
     def stubs(self, step: str, version: int | None = None) -> list[psutil.Process]:
         """The living processes of a step, or of one version of it, oldest first."""
-        marker = f"_{step}/" if version is None else f"_{step}/{version}/"
+        living = look(self.process.pid).living if self.is_running else {}
         found: list[psutil.Process] = []
-        children: list[psutil.Process] = []
-        with contextlib.suppress(psutil.Error):  # it may end this moment
-            children = self.process.children() if self.is_running else []
-        for each in sorted(children, key=lambda child: child.pid):
-            with contextlib.suppress(psutil.Error):
-                if any(marker in argument for argument in each.cmdline()):
-                    found.append(each)
+        for process, model in sorted(living.items(), key=lambda each: each[0].pid):
+            *_, name, number, _ = model.parts
+            if name.endswith(f"_{step}") and (version is None or number == str(version)):
+                with contextlib.suppress(psutil.NoSuchProcess):  # it may end this moment
+                    found.append(psutil.Process(process.pid))
         return found
 
     def stub(self, step: str) -> psutil.Process:
@@ -107,74 +101,6 @@ class Triton:
         raise TritonFailed(f"no process runs the step {step}")
 
 
-class Gateway:
-    """One gateway in front of `addresses`. Started again, it listens where it did before."""
-
-    def __init__(self, pipeline: str, addresses: list[str], routing: Path, log: IO[bytes]) -> None:
-        self.port = free_port()
-        self._environment = {
-            "GATEWAY_PORT": str(self.port),
-            "GATEWAY_PIPELINE": pipeline,
-            "GATEWAY_TRITON_URLS": ",".join(addresses),
-            "GATEWAY_ROUTING": str(routing),
-            "GATEWAY_DEADLINE_S": str(DEADLINE_S),
-        }
-        self._log = log
-        self._child: Child | None = None
-
-    @property
-    def process(self) -> psutil.Process:
-        """The gateway's process."""
-        assert self._child is not None
-        return psutil.Process(self._child.process.pid)
-
-    def start(self) -> None:
-        """Start it and wait until it would answer."""
-        self._child = Child("gateway", environment=self._environment, stdout=self._log.fileno())
-        wait_for(self.is_ready, 30)
-
-    def stop(self) -> None:
-        """End it in order; nothing where it ended already."""
-        if self._child is not None:
-            self._child.__exit__()
-            self._child = None
-
-    def kill(self) -> None:
-        """As kill -9."""
-        self.process.kill()
-        self.stop()
-
-    def is_ready(self) -> bool:
-        """Whether a prediction would be answered now."""
-        try:
-            return bool(self._get("/health/ready"))
-        except OSError:
-            return False
-
-    def answers(self, picture: bytes) -> bool:
-        """Whether a picture is answered."""
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/predict", picture)
-        request.add_header("Content-Type", "image/jpeg")
-        try:
-            with urllib.request.urlopen(request, timeout=10) as response:
-                return bool(response.status == 200)
-        except OSError:
-            return False
-
-    def problems(self) -> dict[str, int]:
-        """The status of each code in its table of errors."""
-        return {kind["code"]: kind["status"] for kind in json.loads(self._get("/errors"))}
-
-    def gauges(self) -> dict[str, float]:
-        """Its metrics, each summed over its labels."""
-        families = text_string_to_metric_families(self._get("/metrics").decode())
-        return {family.name: sum(sample.value for sample in family.samples) for family in families}
-
-    def _get(self, path: str) -> bytes:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as response:
-            return bytes(response.read())
-
-
 class Stack:
     """Everything that a fault may touch. `proxy` is between the gateway and the first Triton, where there is one.
 
@@ -182,7 +108,7 @@ class Stack:
     `notes`, and a promise that it saw broken to `problems`.
     """
 
-    def __init__(self, tritons: list[Triton], gateway: Gateway, proxy: Proxy | None, pair: Pair | None) -> None:
+    def __init__(self, tritons: list[Triton], gateway: GatewayProcess, proxy: Proxy | None, pair: Pair | None) -> None:
         self.tritons = tritons
         self.gateway = gateway
         self.proxy = proxy
@@ -193,9 +119,6 @@ class Stack:
         self._reviving = threading.Thread(target=self._revive, daemon=True)
 
     def __enter__(self) -> Self:
-        for triton in self.tritons:
-            if not triton.is_running:
-                triton.start()
         self._reviving.start()
         return self
 
@@ -216,7 +139,7 @@ class Stack:
 
     def memory(self) -> int:
         """Bytes of the gateway's memory."""
-        return int(self.gateway.process.memory_info().rss)
+        return int(psutil.Process(self.gateway.process.pid).memory_info().rss)
 
 
 def shared_memory() -> dict[str, int]:
@@ -226,20 +149,5 @@ def shared_memory() -> dict[str, int]:
 
 def send(process: psutil.Process, number: signal.Signals) -> None:
     """Send a signal; nothing where the process is gone."""
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        return
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    """Wait until `condition` holds.
-
-    Raises:
-        TritonFailed: it does not in time.
-    """
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TritonFailed(f"a part of the stack did not come up within {seconds:g} s")
-        time.sleep(0.05)

@@ -8,14 +8,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import Any
 
 from chaos.faults import Fault
-from chaos.load import Known, Load, Seen, refusals
+from chaos.load import Clients, Known, Seen, refusals
 from chaos.proxy import Proxy
 from chaos.releases import Pair
-from chaos.stack import Gateway, Stack, Triton, shared_memory
-from triton_runtime.ports import free_port
+from chaos.stack import DEADLINE_S, Stack, Triton, shared_memory
+from harness.gateway import AT_REST, GatewayProcess
+from harness.ports import free_port
+from harness.waiting import wait_for
 
 _WARM_UP_S = 2.0
 _CLEAN_S = 1.5
@@ -71,7 +73,7 @@ def servers(repository: Path, faults: Sequence[Fault]) -> Iterator[list[Triton]]
 
 @contextlib.contextmanager
 def stack_for(
-    fault: Fault, tritons: list[Triton], pipeline: str, log: IO[bytes], pair: Pair | None = None
+    fault: Fault, tritons: list[Triton], pipeline: str, log: Path | None, pair: Pair | None = None
 ) -> Iterator[Stack]:
     """A gateway in front of as many of the Tritons as the fault wants; those that do not run yet are started."""
     with contextlib.ExitStack() as context:
@@ -82,10 +84,19 @@ def stack_for(
             ports[0] = proxy.port
         routing = Path(context.enter_context(TemporaryDirectory(prefix="chaos-")), "routing.toml")
         routing.write_text(fault.routing.format(**({"sound": pair.sound, "other": pair.other} if pair else {})))
-        gateway = Gateway(pipeline, [f"127.0.0.1:{port}" for port in ports], routing, log)
+        for triton in used:
+            if not triton.is_running:
+                triton.start()
+        gateway = GatewayProcess(
+            ",".join(f"127.0.0.1:{port}" for port in ports),
+            log,
+            pipeline=pipeline,
+            routing=routing,
+            deadline_s=DEADLINE_S,
+        )
         context.callback(gateway.stop)
         stack = context.enter_context(Stack(used, gateway, proxy, pair))
-        gateway.start()
+        gateway.wait_until_ready(30)
         yield stack
 
 
@@ -107,7 +118,7 @@ def try_out(fault: Fault, stack: Stack, known: Known, hold_s: float, allowance_s
 
 
 def _try_once(fault: Fault, stack: Stack, known: Known, hold_s: float, allowance_s: float) -> Report:
-    with Load(known, stack.gateway) as load:
+    with Clients(known, stack.gateway) as load:
         time.sleep(_WARM_UP_S)
         crashes = sum(triton.crashes for triton in stack.tritons)
         memory, shared = stack.memory(), sum(shared_memory().values())
@@ -162,12 +173,9 @@ def _recovery(failures: list[Seen], ended: float) -> float:
     return max([0.0, *(each.ended - ended for each in failures)])
 
 
-def _left_in_gauges(gateway: Gateway) -> list[str]:
-    names = ("gateway_in_flight", "gateway_waiting", "gateway_calls")
-    deadline = time.monotonic() + 8
-    while True:
-        gauges = gateway.gauges()
-        left = [f"{name} stays at {gauges[name]:g}" for name in names if gauges[name]]
-        if not left or time.monotonic() > deadline:
-            return left
-        time.sleep(0.1)
+def _left_in_gauges(gateway: GatewayProcess) -> list[str]:
+    with contextlib.suppress(TimeoutError):
+        wait_for(gateway.is_at_rest, 8)
+        return []
+    gauges = gateway.gauges()
+    return [f"{name} stays at {gauges[name]:g}" for name in AT_REST if gauges[name]]

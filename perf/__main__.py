@@ -6,7 +6,6 @@ Measures a release with real pictures: the API over HTTP, the ensemble and each 
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import contract
 from contract import Manifest
 from export.printing import wide_console
 from export.repository import Repository, RepositoryError
+from harness.commands import command
 from perf import machine, steps, tables, verdict
 from perf.analyzer import PerfError, inputs_file
 from perf.budgets import BUDGETS, Budget, Budgets, Comparison
@@ -27,12 +27,8 @@ from perf.load import Load
 from perf.report import Report
 from perf.rounds import Case, Plan, Rounds
 from perf.serving import serving
-from triton_runtime.installation import Missing
-from triton_runtime.server import TritonFailed
-from triton_runtime.signals import Stopped, unwind_on_signals
 
 ROOT = Path(__file__).resolve().parent.parent
-_PICTURES = 64
 _EPILOG = """what it does
   Everything is measured once a round, in turns, with two releases directly after each other. A figure's 95 % interval
   comes from how much it differs between the rounds. A bound of perf/budgets.toml passes or fails where the whole
@@ -61,6 +57,7 @@ examples
 """
 
 
+@command("perf", 2, PerfError, RepositoryError, ValueError)
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print the tables, write the report; the exit status is in `_EPILOG`."""
     parse = argparse.ArgumentParser(
@@ -92,18 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse.parse_args(arguments)
     if options.rounds < 2 or options.seconds <= 0 or min(options.concurrency, default=1) < 1:
         parse.error("needs at least 2 rounds, which an interval is made of, and positive --seconds and --concurrency")
-    unwind_on_signals()
-    try:
-        inputs = _write_inputs(options)
-        if options.input_only:
-            print(inputs)
-            return 0
-        report = _measure(options, shlex.join(["python", "-m", "perf", *(arguments or sys.argv[1:])]))
-    except (PerfError, RepositoryError, Missing, TritonFailed, ValueError, OSError) as error:
-        print(f"perf: {error}", file=sys.stderr)
-        return 2
-    except Stopped:
-        return 2
+    inputs = _write_inputs(options)
+    if options.input_only:
+        print(inputs)
+        return 0
+    report = _measure(options, shlex.join(["python", "-m", "perf", *(arguments or sys.argv[1:])]))
     name = f"{report.title.replace(' ', '-')}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     page, data = report.write(options.out, name)
     console = wide_console()
@@ -123,7 +113,7 @@ def _write_inputs(options: argparse.Namespace) -> Path:
     """Write what the release is measured with, for runs of perf_analyzer by hand."""
     repository = Repository(options.repository)
     release = _releases(repository, options.release, None)[0]
-    rows = steps.inputs(repository, release, _pictures(options.pictures))["ensemble"]
+    rows = steps.inputs(repository, release, steps.pictures_in(options.pictures))["ensemble"]
     options.out.mkdir(parents=True, exist_ok=True)
     path: Path = options.out / f"{release.name}-input.json"
     path.write_text(inputs_file(rows))
@@ -146,7 +136,7 @@ def _measure(options: argparse.Namespace, command: str) -> Report:
         seconds=options.seconds,
         with_limit=any(budget.of_limit for budget in due),
     )
-    pictures = _pictures(options.pictures)
+    pictures = steps.pictures_in(options.pictures)
     facts = {
         "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
         **{each.name: _description(each) for each in releases},
@@ -191,14 +181,6 @@ def _cases(releases: Sequence[Manifest], bounds: Sequence[Budget | Comparison], 
     wanted += [(step, Load(1)) for step in contract.STEPS]
     wanted += [(each.endpoint, each.load) for each in bounds]
     return [Case(release.name, endpoint, load) for endpoint, load in dict.fromkeys(wanted) for release in releases]
-
-
-def _pictures(folder: Path) -> list[Path]:
-    """At most `_PICTURES` of a folder's pictures, evenly chosen."""
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
-    if not found:
-        raise PerfError(f"{folder} holds no pictures (jpg, png, webp)")
-    return found[:: math.ceil(len(found) / _PICTURES)]
 
 
 def _description(release: Manifest) -> str:

@@ -9,14 +9,13 @@ batch counts the whole run for each request in it: all of them waited for it.
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import contract
 from contract import Manifest
+from harness import client
 from perf.analyzer import PerfError
 from triton_runtime.server import Endpoint
 
@@ -44,9 +43,8 @@ class Served:
         """
         url = endpoint.url(f"/v2/models/{model}/versions/{version}/stats")
         try:
-            with urllib.request.urlopen(url, timeout=10) as response:
-                (statistics,) = json.load(response)["model_stats"]
-        except (urllib.error.URLError, OSError, ValueError) as error:
+            (statistics,) = json.loads(client.get(url))["model_stats"]
+        except (OSError, ValueError) as error:
             raise PerfError(f"Triton gives no statistics of {model} ({error}): is TRITON_HTTP_PORT right?") from None
         times = {name: float(each["ns"]) / 1e6 for name, each in statistics["inference_stats"].items()}
         running = sum(times[f"compute_{part}"] for part in ("input", "infer", "output"))

@@ -15,15 +15,12 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -32,11 +29,13 @@ from safetensors.numpy import load_file
 from export import graph
 from export.printing import wide_console
 from export.repository import Repository
-from triton_runtime.installation import Missing
-from triton_runtime.ports import free_endpoint, free_port
-from triton_runtime.server import Endpoint, TritonFailed, TritonServer
-from triton_runtime.signals import Stopped, unwind_on_signals
-from triton_runtime.stack import ROOT, SAMPLE, Child, Gateway
+from harness import ROOT, SAMPLE
+from harness.client import answers
+from harness.commands import command
+from harness.gateway import GatewayProcess, whole_stack
+from harness.waiting import wait_for
+from triton_runtime.child import Child
+from triton_runtime.server import Endpoint, TritonFailed
 
 CHECKPOINT = ROOT / "export" / "checkpoints" / "defect"
 PARTS = {
@@ -73,7 +72,7 @@ class Stack:
 
     repository: Repository
     triton: Endpoint
-    gateway: Gateway
+    gateway: GatewayProcess
     watching: Watching
 
     def drop(self, nudge: float) -> dict[str, float]:
@@ -82,6 +81,7 @@ class Stack:
         Raises:
             TritonFailed: it was refused, or did not answer in time.
         """
+        picture = SAMPLE.read_bytes()
         number = 1 + max(self.repository.versions("defect", "classifier"))
         release = f"defect-v{1 + self.repository.releases('defect')[-1].number}"
         name = f"defect_classifier/{number}"
@@ -90,42 +90,35 @@ class Stack:
         (staged / "model.onnx").write_bytes(_model(nudge))
         times = [time.time()]
         staged.rename(self.repository.root / name)
-        _wait(lambda: ("published", name) in self.watching.at or ("refused", name) in self.watching.at)
+        judged = {("published", name), ("refused", name)}
+        wait_for(lambda: any(each in self.watching.at for each in judged), _PATIENCE_S, pause=0.02)
         if ("refused", name) in self.watching.at:
             raise TritonFailed(f"{name} was refused: {self.watching.causes[name]}")
         times += [self.watching.at["examining", name], self.watching.at["published", name]]
         for condition in (
-            lambda: _get(self.triton.url(f"/v2/models/{release}/ready")) is not None,
-            lambda: self._state(release) == "ready",
-            lambda: self.gateway.predict(SAMPLE, 10)["model_version"] == release,
+            lambda: answers(self.triton.url(f"/v2/models/{release}/ready")),
+            lambda: self.gateway.releases().get(release) == "ready",
+            lambda: self.gateway.predict(picture)["model_version"] == release,
         ):
-            _wait(condition)
+            wait_for(condition, _PATIENCE_S, pause=0.02, meanwhile=OSError)
             times.append(time.time())
         return {part: after - before for part, (before, after) in zip(PARTS, pairwise(times), strict=True)}
-
-    def _state(self, release: str) -> str:
-        page = _get(f"{self.gateway.url}/v1/releases") or {"releases": []}
-        return next((str(each["state"]) for each in page["releases"] if each["name"] == release), "")
 
 
 @contextmanager
 def running(repository: Path, settle_s: float) -> Iterator[Stack]:
-    """The whole stack on a copy of `repository`."""
+    """The whole stack and a watcher, on a copy of `repository`."""
     with tempfile.TemporaryDirectory(prefix="drops-") as folder:
         root = Path(shutil.copytree(repository, Path(folder, "model_repository")))
-        endpoint = free_endpoint()
         watch = ["export", "watch", "--repository", str(root), "--settle-s", str(settle_s)]
-        with TritonServer(root, endpoint) as triton:
-            triton.wait_until_ready()
-            with (
-                Gateway(endpoint, "127.0.0.1", free_port(), log_level="error") as gateway,
-                Child(*watch, stdout=subprocess.PIPE) as watcher,
-            ):
-                gateway.predict(SAMPLE, 60)
-                watching = Watching()
-                assert watcher.process.stdout is not None
-                threading.Thread(target=watching.read, args=(watcher.process.stdout,), daemon=True).start()
-                yield Stack(Repository(root), endpoint, gateway, watching)
+        with (
+            whole_stack(root, log_level="error") as (triton, gateway),
+            Child(*watch, stdout=subprocess.PIPE) as watcher,
+        ):
+            watching = Watching()
+            assert watcher.process.stdout is not None
+            threading.Thread(target=watching.read, args=(watcher.process.stdout,), daemon=True).start()
+            yield Stack(Repository(root), triton.endpoint, gateway, watching)
 
 
 def _model(nudge: float) -> bytes:
@@ -133,23 +126,6 @@ def _model(nudge: float) -> bytes:
     weights = load_file(CHECKPOINT / "model.safetensors")
     weights["_fc.bias"] = weights["_fc.bias"] + np.array([nudge, 0], np.float16)
     return graph.from_checkpoint(weights, card["labels"], card["temperature"]).SerializeToString()
-
-
-def _wait(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TritonFailed(f"a part of the stack did not follow within {_PATIENCE_S:g} s")
-        time.sleep(0.02)
-
-
-def _get(url: str) -> Any:
-    """The JSON under a URL ({} where there is no body); None where it is not 200."""
-    try:
-        with urllib.request.urlopen(url, timeout=10) as response:
-            return json.loads(response.read() or b"{}")
-    except (urllib.error.URLError, OSError, ValueError):
-        return None
 
 
 def table(measured: list[dict[str, float]]) -> Table:
@@ -167,6 +143,7 @@ def table(measured: list[dict[str, float]]) -> Table:
     return result
 
 
+@command("perf", 1)
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print a table; 1 where it could not be measured."""
     parse = argparse.ArgumentParser(
@@ -177,19 +154,12 @@ def main(arguments: list[str] | None = None) -> int:
     parse.add_argument("--settle-s", type=float, default=3.0, metavar="S", help="as of export watch (default: 3)")
     parse.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     options = parse.parse_args(arguments)
-    unwind_on_signals()
     console = wide_console()
-    try:
-        with console.status("starting the stack") as status, running(options.repository, options.settle_s) as stack:
-            measured = []
-            for i in range(options.drops):
-                status.update(f"drop {i + 1} of {options.drops}")
-                measured.append(stack.drop(0.05 * (i + 1)))
-    except (Missing, TritonFailed, OSError) as error:
-        print(f"perf: {error}", file=sys.stderr)
-        return 1
-    except Stopped:
-        return 1
+    with console.status("starting the stack") as status, running(options.repository, options.settle_s) as stack:
+        measured = []
+        for i in range(options.drops):
+            status.update(f"drop {i + 1} of {options.drops}")
+            measured.append(stack.drop(0.05 * (i + 1)))
     if options.json:
         options.json.write_text(json.dumps({"settle_s": options.settle_s, "drops": measured}, indent=2) + "\n")
     console.print(table(measured))

@@ -21,13 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from export.printing import wide_console
+from harness import ROOT
+from harness.commands import command
+from harness.gateway import whole_stack
 from perf.confidence import Interval
-from perf.generator import Generator, Load
-from triton_runtime.installation import Missing
-from triton_runtime.ports import free_endpoint, free_port
-from triton_runtime.server import TritonFailed, TritonServer
-from triton_runtime.signals import Stopped, unwind_on_signals
-from triton_runtime.stack import ROOT, SAMPLE, Gateway
+from perf.generator import Generator, Offered
+from triton_runtime.server import TritonFailed
 
 _CORES = os.cpu_count() or 1
 LEAST = 0.9
@@ -35,6 +34,7 @@ LEAST = 0.9
 _WARM_UP_S = 3.0
 
 
+@command("overload", 2)
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print the tables, write the figures.
 
@@ -52,15 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse.parse_args(arguments)
     if options.rounds < 2:
         parse.error("--rounds: at least 2, which an interval is made of")
-    unwind_on_signals()
     console = wide_console()
-    try:
-        rounds = _measure(options, console)
-    except (Missing, TritonFailed, OSError) as error:
-        print(f"overload: {error}", file=sys.stderr)
-        return 2
-    except Stopped:
-        return 2
+    rounds = _measure(options, console)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps([{name: vars(load) for name, load in loads.items()} for loads in rounds]) + "\n")
     console.print(table(rounds[-1], options.deadline))
@@ -74,43 +67,42 @@ def main(arguments: list[str] | None = None) -> int:
     return int(outcome == "fail")
 
 
-def _measure(options: argparse.Namespace, console: Console) -> list[dict[str, Load]]:
+def _measure(options: argparse.Namespace, console: Console) -> list[dict[str, Offered]]:
     """The loads by their name, in each round."""
     pictures = [path.read_bytes() for path in sorted(options.pictures.rglob("*.jpg"))[:64]]
     if not pictures:
         raise TritonFailed(f"{options.pictures} holds no JPEGs")
-    endpoint, port = free_endpoint(), free_port()
-    rounds: list[dict[str, Load]] = []
-    with console.status("starting Triton") as status, TritonServer(options.repository, endpoint) as triton:
-        triton.wait_until_ready()
-        with Gateway(endpoint, "127.0.0.1", port, log_level="error") as gateway:
-            gateway.predict(SAMPLE, timeout=60)
-            generator = Generator("127.0.0.1", port, pictures, options.deadline)
-            status.update("warming up")
-            generator.closed(options.connections, _WARM_UP_S)
-            for number in range(1, options.rounds + 1):
-                prefix = f"round {number} of {options.rounds}:"
-                status.update(f"{prefix} finding the capacity")
-                loads = {"capacity": generator.closed(options.connections, options.seconds)}
-                for times in options.loads:
-                    status.update(f"{prefix} {times:g} times the capacity")
-                    loads[f"{times:g}x"] = generator.open(times * loads["capacity"].goodput, options.seconds)
-                rounds.append(loads)
+    rounds: list[dict[str, Offered]] = []
+    with (
+        console.status("starting Triton") as status,
+        whole_stack(options.repository, log_level="error") as (_, gateway),
+    ):
+        generator = Generator("127.0.0.1", gateway.port, pictures, options.deadline)
+        status.update("warming up")
+        generator.closed(options.connections, _WARM_UP_S)
+        for number in range(1, options.rounds + 1):
+            prefix = f"round {number} of {options.rounds}:"
+            status.update(f"{prefix} finding the capacity")
+            loads = {"capacity": generator.closed(options.connections, options.seconds)}
+            for times in options.loads:
+                status.update(f"{prefix} {times:g} times the capacity")
+                loads[f"{times:g}x"] = generator.open(times * loads["capacity"].goodput, options.seconds)
+            rounds.append(loads)
     return rounds
 
 
-def share_kept(rounds: Sequence[Mapping[str, Load]], cores: float = _CORES) -> Interval:
+def share_kept(rounds: Sequence[Mapping[str, Offered]], cores: float = _CORES) -> Interval:
     """Goodput of the last load as a share of the best one's, each for what the generator left of the machine."""
     goodputs = {name: [_goodput(loads[name], cores) for loads in rounds] for name in rounds[0]}
     best = max(goodputs.values(), key=statistics.geometric_mean)
     return Interval.of_rounds([here / there for here, there in zip(list(goodputs.values())[-1], best, strict=True)])
 
 
-def _goodput(load: Load, cores: float) -> float:
+def _goodput(load: Offered, cores: float) -> float:
     return max(load.goodput, 1e-3) / (1 - load.generator_s / load.seconds / cores)
 
 
-def table(loads: dict[str, Load], deadline_s: float) -> Table:
+def table(loads: dict[str, Offered], deadline_s: float) -> Table:
     """One row a load."""
     result = Table(title=f"answers within {deadline_s:g} s", title_justify="left", caption_justify="left")
     for header in ("", "offered/s", "in time/s", "late", "p50 ms", "p99 ms", "refused/s", "p50 ms", "p99 ms"):

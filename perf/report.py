@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 
-from perf import charts
+from perf import plots
 from perf.attribution import PARTS
 from perf.budgets import QUANTILES
 from perf.confidence import Outcome
@@ -25,9 +25,7 @@ table { border-collapse: collapse }
 th, td { text-align: left; vertical-align: top; padding: .2em .6em; border-bottom: 1px solid #ddd }
 td { font-variant-numeric: tabular-nums } td:first-child { white-space: nowrap }
 .pass { color: #00663f } .fail { color: #b00020; font-weight: bold } .inconclusive { color: #8a5a00; font-weight: bold }
-svg { max-width: 100%; height: auto; font: 12px system-ui, sans-serif; margin: .5em 0 }
-svg .title { font-weight: bold } svg .end { text-anchor: end } svg .middle { text-anchor: middle }
-svg .grid { stroke: #e4e4e4 } svg .axis { stroke: #888 }
+svg { max-width: 100%; height: auto; margin: .5em 0 }
 code { background: #f4f4f4; padding: .1em .3em } p.note { color: #555; max-width: 60em }
 """
 
@@ -111,19 +109,21 @@ class Report:
             if case.load.concurrency and case.endpoint in ("gateway", "ensemble"):
                 levels.setdefault((case.release, case.endpoint), []).append(case)
         for (release, endpoint), found in levels.items():
-            series: dict[str, list[tuple[float, float, str]]] = {name: [] for name in QUANTILES}
+            series: dict[str, list[tuple[float, float]]] = {name: [] for name in QUANTILES}
+            marks = []
             for case in sorted(found, key=lambda case: case.load.concurrency or 0):
-                for name, points in series.items():
-                    x, y = self.results.middle(case, "throughput"), self.results.middle(case, name)
-                    if x is not None and y is not None:
-                        points.append((x, y, str(case.load.concurrency)))
-            if all(series.values()):
-                title = f"{release}, {endpoint}"
-                yield charts.lines(title, "requests a second, a point for each number in flight", "ms", series)
+                x, *ys = (self.results.middle(case, name) for name in ("throughput", *QUANTILES))
+                if x is not None:
+                    marks.append(str(case.load.concurrency))
+                    for points, y in zip(series.values(), ys, strict=True):
+                        points.append((x, y or 0.0))
+            if marks:
+                across = "requests a second, a point for each number in flight"
+                yield plots.charts([plots.Chart(f"{release}, {endpoint}, ms", across, series, marks=marks)])
 
     def _breakdown(self) -> str:
         rows = {_label(case): parts for case in self.results.cases if (parts := self.results.parts(case))}
-        return charts.bars("mean request", "ms", rows) if rows else ""
+        return plots.bars("mean request", "ms", rows) if rows else ""
 
     def _cases(self) -> str:
         rows = []

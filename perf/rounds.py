@@ -13,10 +13,10 @@ import numpy as np
 import contract
 from contract import Manifest
 from export.repository import Repository
-from perf import attribution, client, steps
+from perf import attribution, steps
 from perf.analyzer import WINDOWS, Analyzer, NothingMeasured
 from perf.bench.contenders import limit
-from perf.load import Load
+from perf.load import Load, drive
 from perf.serving import Serving
 
 _BATCHES = (1, 4, 8)
@@ -189,7 +189,7 @@ class Rounds:
 
     def _over_http(self, case: Case, number: int, seconds: float) -> Run:
         url = self._serving.predict_url(case.release)
-        answered = client.drive(url, self._pictures, case.load, seconds=seconds)
+        answered = drive(url, self._pictures, case.load, seconds=seconds)
         times = [answer["timing_ms"] for answer in answered.answers]
         latencies = answered.latencies or [float("nan")]
         p50, p95, p99 = np.percentile(latencies, [50, 95, 99])

@@ -30,14 +30,13 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from export.printing import wide_console
-from perf import plot
+from harness import ROOT
+from harness.commands import command
+from perf import plots
 from perf.analyzer import PerfError
 from perf.bench import pictures
 from perf.bench.services import Service, stack
-from triton_runtime.installation import Missing
-from triton_runtime.server import TritonFailed, TritonServer
-from triton_runtime.signals import Stopped, unwind_on_signals
-from triton_runtime.stack import ROOT
+from triton_runtime.server import TritonServer
 
 TOLERANCE = {"memory, MiB": 8.0, "shared memory, MiB": 8.0, "file descriptors": 4.0, "threads": 2.0}
 """By figure, what a part may gain over the second half: allocators and connection pools breathe."""
@@ -197,6 +196,7 @@ def table(judged: Sequence[Growth]) -> Table:
     return result
 
 
+@command("soak", 1, PerfError)
 def main(arguments: list[str] | None = None) -> int:
     """Send, print the table, write the figures; 1 where something grows or was answered wrongly."""
     parse = argparse.ArgumentParser(
@@ -207,27 +207,20 @@ def main(arguments: list[str] | None = None) -> int:
     parse.add_argument("--requests", type=int, default=50_000, metavar="N", help="default: 50000")
     parse.add_argument("--results", type=Path, default=ROOT / "perf/results/soak", help="default: perf/results/soak")
     options = parse.parse_args(arguments)
-    unwind_on_signals()
     console = wide_console()
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    try:
-        found = sorted(options.pictures.rglob("*.jpg"))[:10]
-        if not found:
-            raise PerfError(f"{options.pictures} holds no JPEGs")
-        with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=Console(stderr=True)) as progress:
-            mix = kinds(pictures.mixed(found, Path(folder)))
-            task = progress.add_task("requests", total=options.requests)
-            with stack(options.repository) as (service, triton):
-                began = time.monotonic()
-                result = asyncio.run(soak(service, triton, mix, options.requests, lambda: progress.advance(task)))
-                seconds = time.monotonic() - began
-        judged = [judge(figure, part, points) for figure, by_part in result.series.items()
-                  for part, points in by_part.items()]  # fmt: skip
-    except (PerfError, Missing, TritonFailed, OSError) as error:
-        print(f"soak: {error}", file=sys.stderr)
-        return 1
-    except Stopped:
-        return 1
+    found = sorted(options.pictures.rglob("*.jpg"))[:10]
+    if not found:
+        raise PerfError(f"{options.pictures} holds no JPEGs")
+    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=Console(stderr=True)) as progress:
+        mix = kinds(pictures.mixed(found, Path(folder)))
+        task = progress.add_task("requests", total=options.requests)
+        with stack(options.repository) as (service, triton):
+            began = time.monotonic()
+            result = asyncio.run(soak(service, triton, mix, options.requests, lambda: progress.advance(task)))
+            seconds = time.monotonic() - began
+    judged = [judge(figure, part, points) for figure, by_part in result.series.items()
+              for part, points in by_part.items()]  # fmt: skip
     flat = not any(growth.grows for growth in judged)
     figures = {
         "requests": options.requests,
@@ -238,11 +231,11 @@ def main(arguments: list[str] | None = None) -> int:
         "growth": [asdict(growth) for growth in judged],
         "series": result.series,
     }
-    charts = [plot.Chart(figure, "requests", lines) for figure, lines in result.series.items()]
+    charts = [plots.Chart(figure, "requests", lines) for figure, lines in result.series.items()]
     options.results.parent.mkdir(parents=True, exist_ok=True)
     written, drawn = (options.results.with_suffix(suffix) for suffix in (".json", ".svg"))
     written.write_text(json.dumps(figures, indent=1) + "\n")
-    drawn.write_text(plot.svg(charts))
+    plots.write(drawn, plots.charts(charts))
     console.print(table(judged))
     for line, times in Counter(result.unexpected).most_common(10):
         console.print(f"unexpected, {times} times: {line}", markup=False)

@@ -17,6 +17,20 @@ from perf.analyzer import PerfError
 Rows = list[dict[str, np.ndarray]]
 """A request each: tensors without the batch axis, by name."""
 
+_MOST_PICTURES = 64
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """At most 64 of a folder's pictures, evenly chosen.
+
+    Raises:
+        PerfError: it holds none.
+    """
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+    if not found:
+        raise PerfError(f"{folder} holds no pictures (jpg, png, webp)")
+    return found[:: -(-len(found) // _MOST_PICTURES)]
+
 
 def inputs(repository: Repository, release: Manifest, pictures: Sequence[Path]) -> Mapping[str, Rows]:
     """The inputs of the ensemble and of each step, one row a picture.

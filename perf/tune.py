@@ -23,18 +23,17 @@ from export.config import Serving
 from export.printing import wide_console
 from export.repository import Repository, RepositoryError
 from export.steps import REPOSITORY, digest_of
+from harness import ROOT
+from harness.commands import command
 from perf.analyzer import PerfError
+from perf.steps import pictures_in
 from perf.tuning import report, serving_file, space
 from perf.tuning.choice import Budget, Trial, decide, ranked
 from perf.tuning.journal import Journal, machine
 from perf.tuning.rig import Load, Rig
-from triton_runtime.installation import Missing
-from triton_runtime.server import TritonFailed
-from triton_runtime.signals import Stopped, unwind_on_signals
-from triton_runtime.stack import ROOT
+from triton_runtime.signals import Stopped
 
 _FINALISTS = 2
-_MAX_PICTURES = 64
 
 _EPILOG = """examples:
   python -m perf.tune --p99-ms 250                      show what would change
@@ -95,43 +94,37 @@ class Search:
         return [self.trials[serving] for serving in settings]
 
 
+@command("tune", 1, PerfError, RepositoryError, ValueError)
 def main(arguments: list[str] | None = None) -> int:
     """Search, print what was found, and write it where asked; 1 where it could not be measured or was stopped."""
     options = _parser().parse_args(arguments)
-    unwind_on_signals()
     console = wide_console()
-    try:
-        present = Serving.read(options.serving)
-        repository = Repository(options.repository)
-        release = _release(repository, options)
-        load = Load(_pictures(options.pictures), options.concurrency, options.group)
-        grid = _grid(options, present, smallest_batch=repository.max_batch_size(release.name))
-        conditions = {
-            "release": {step: pin.digest for step, pin in release.steps.items()},
-            "present": present.model_dump(),
-            "machine": machine(),
-            "load": [load.concurrency, load.group, digest_of((p.name, p.read_bytes()) for p in load.pictures)],
-        }
-        journal = Journal(options.results / "tune.jsonl", conditions, fresh=options.fresh)
-        columns = [TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn()]
-        with (
-            Rig(repository, release, present, load, options.results / "tune-triton.log") as rig,
-            Progress(*columns, TextColumn("{task.fields[what]}"), console=Console(stderr=True)) as progress,
-        ):
-            search = Search(rig, journal, present, _budget(options), grid, progress)
-            try:
-                winner, why = search.run(
-                    Stage("coarse", min(2, options.rounds), options.seconds),
-                    Stage("fine", min(3, options.rounds), 2 * options.seconds),
-                    Stage("final", options.rounds, 2 * options.seconds),
-                )
-            except Stopped:
-                winner, why = None, None
-    except (PerfError, Missing, TritonFailed, RepositoryError, ValueError, OSError) as error:
-        print(f"tune: {error}", file=sys.stderr)
-        return 1
-    except Stopped:
-        return 1
+    present = Serving.read(options.serving)
+    repository = Repository(options.repository)
+    release = _release(repository, options)
+    load = Load(pictures_in(options.pictures), options.concurrency, options.group)
+    grid = _grid(options, present, smallest_batch=repository.max_batch_size(release.name))
+    conditions = {
+        "release": {step: pin.digest for step, pin in release.steps.items()},
+        "present": present.model_dump(),
+        "machine": machine(),
+        "load": [load.concurrency, load.group, digest_of((p.name, p.read_bytes()) for p in load.pictures)],
+    }
+    journal = Journal(options.results / "tune.jsonl", conditions, fresh=options.fresh)
+    columns = [TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn()]
+    with (
+        Rig(repository, release, present, load, options.results / "tune-triton.log") as rig,
+        Progress(*columns, TextColumn("{task.fields[what]}"), console=Console(stderr=True)) as progress,
+    ):
+        search = Search(rig, journal, present, _budget(options), grid, progress)
+        try:
+            winner, why = search.run(
+                Stage("coarse", min(2, options.rounds), options.seconds),
+                Stage("fine", min(3, options.rounds), 2 * options.seconds),
+                Stage("final", options.rounds, 2 * options.seconds),
+            )
+        except Stopped:
+            winner, why = None, None
     _show(search, winner, options.results / "tune.svg", console)
     if why is None:
         console.print("stopped: what was measured is kept; run it again to go on")
@@ -174,13 +167,6 @@ def _release(repository: Repository, options: argparse.Namespace) -> contract.Ma
     if not releases:
         raise ValueError(f"{options.repository} holds no release of defect: name another one with --release")
     return releases[-1]
-
-
-def _pictures(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
-    if not found:
-        raise ValueError(f"{folder} holds no pictures (jpg, png, webp)")
-    return found[:: -(-len(found) // _MAX_PICTURES)]
 
 
 def _grid(options: argparse.Namespace, present: Serving, smallest_batch: int) -> space.Grid:

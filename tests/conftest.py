@@ -5,10 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -22,17 +20,21 @@ from export.config import Serving
 from export.exam import Rules
 from export.publish import Examiner
 from export.repository import Repository
+from harness import ROOT as ROOT
+from harness import waiting
+from harness.gateway import GatewayProcess
+from harness.ports import free_endpoint as free_endpoint
+from harness.ports import free_port as free_port
 from tests import drops
 from tests.offline import Offline
 from tests.two_releases import publish_contrary
-from triton_runtime.ports import free_endpoint as free_endpoint
-from triton_runtime.ports import free_port as free_port
 from triton_runtime.server import Endpoint, TritonServer
 
-ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.jpg"))
 http = httpx.Client(verify=False, limits=httpx.Limits(max_keepalive_connections=0))
 """As `httpx` itself, a connection for each request, without reading all the authorities first: 70 ms of processor."""
+wait_for = partial(waiting.wait_for, meanwhile=httpx.TransportError)
+"""Until a condition holds, which may ask what does not listen yet."""
 PARCELS = Path(os.environ.get("PARCELS", ROOT.parent / "shared" / "data" / "parcels"))
 
 
@@ -45,53 +47,10 @@ def process_of(triton: Endpoint) -> psutil.Process:
     return server
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Wait until `condition` holds; it may raise connection errors meanwhile."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            if condition():
-                return
-        except httpx.TransportError:
-            pass
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.05)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no worker is left with one of them when the others are done."""
     longest = ("test_release_cycles.py", "test_drops.py")
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
-
-
-class GatewayProcess:
-    """`python -m gateway` as a user runs it; `log` is where its lines go."""
-
-    def __init__(self, triton: Endpoint, log: Path, **settings: object) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = log
-        environment = {
-            **os.environ,
-            "GATEWAY_PORT": str(self.port),
-            "GATEWAY_TRITON_URLS": f"127.0.0.1:{triton.grpc}",
-            **{f"GATEWAY_{name.upper()}": str(value) for name, value in settings.items()},
-        }
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "gateway"], env=environment, cwd=ROOT, stdout=output, stderr=output
-            )
-
-    def __enter__(self) -> GatewayProcess:
-        wait_for(lambda: http.get(f"{self.url}/health/live").status_code == 200)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.wait(40)
-
-    def is_ready(self) -> bool:
-        return http.get(f"{self.url}/health/ready").status_code == 200
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from export.repository import Repository
-from perf import plot
+from perf import plots
 from perf.analyzer import PerfError
 from perf.bench import __main__ as bench
 from perf.bench import pictures, services, targets
@@ -158,8 +158,8 @@ def test_a_release_that_decodes_at_full_size_is_published(repository: Path) -> N
 
 def test_a_plot_has_a_line_a_name() -> None:
     lines = {"a": [(1.0, 5.0), (4.0, 80.0)], "b & c": [(1.0, 0.0), (4.0, 0.0)]}
-    drawn = ElementTree.fromstring(plot.svg([plot.Chart("first", "connections", lines, steps=(1, 4)),
-                                             plot.Chart("second", "requests", {"a": lines["a"]})]))  # fmt: skip
+    drawn = ElementTree.fromstring(plots.charts([plots.Chart("first", "connections", lines, steps=(1, 4)),
+                                                 plots.Chart("second", "requests", {"a": lines["a"]})]))  # fmt: skip
     assert sum(element.tag.endswith("polyline") for element in drawn.iter()) == 3
     texts = [element.text for element in drawn.iter() if element.tag.endswith("text")]
     assert {"first", "second", "a", "b & c", "80"} <= set(texts)
@@ -168,7 +168,7 @@ def test_a_plot_has_a_line_a_name() -> None:
 @pytest.fixture
 def figures(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`python -m perf.bench` for a second; what it wrote, by contender and form."""
-    monkeypatch.setattr("perf.bench.__main__.unwind_on_signals", lambda: None)
+    monkeypatch.setattr("harness.commands.unwind_on_signals", lambda: None)
     monkeypatch.setenv("COLUMNS", "120")
 
     def run(*arguments: str) -> dict[tuple[str, str], dict]:

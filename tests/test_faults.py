@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from chaos.faults import FAULTS
-from chaos.load import Known, Load
+from chaos.load import Clients, Known
 from chaos.releases import Pair
 from chaos.stack import Triton
 from chaos.trial import servers, stack_for, try_out
@@ -44,7 +44,7 @@ def known(tiny_only: Path) -> Known:
     ],
 )
 def test_a_fault_costs_no_more_than_is_promised(name: str, tritons: list[Triton], known: Known, tmp_path: Path) -> None:
-    with (tmp_path / "log").open("wb") as log, stack_for(FAULTS[name], tritons, "tiny", log) as stack:
+    with stack_for(FAULTS[name], tritons, "tiny", tmp_path / "log") as stack:
         report = try_out(FAULTS[name], stack, known, hold_s=2.0, allowance_s=ALLOWANCE_S)
     assert report.problems == [], report
     assert report.answered > 0
@@ -58,8 +58,8 @@ def test_the_clients_notice_an_answer_that_is_not_the_recorded_one(
         replace(each, scores={label: 1 - score for label, score in each.scores.items()}) for each in release.golden
     ]
     misled = Known([replace(release, golden=tuple(golden))])
-    with (tmp_path / "log").open("wb") as log, stack_for(FAULTS["flood"], tritons, "tiny", log) as stack:
-        with Load(misled, stack.gateway) as load:
+    with stack_for(FAULTS["flood"], tritons, "tiny", tmp_path / "log") as stack:
+        with Clients(misled, stack.gateway) as load:
             time.sleep(1)
         ends = {each.end for each in load.seen if each.is_ordinary}
     assert "wrong" in ends
@@ -83,7 +83,7 @@ def test_what_happens_to_one_release_is_felt_by_nobody_else(
 ) -> None:
     fault = FAULTS[name]
     known = Known(Repository(pair.root).releases("tiny"), silent=fault.silent(pair))
-    with (tmp_path / "log").open("wb") as log, stack_for(fault, paired, "tiny", log, pair) as stack:
+    with stack_for(fault, paired, "tiny", tmp_path / "log", pair) as stack:
         report = try_out(fault, stack, known, hold_s=1.5, allowance_s=ALLOWANCE_S)
     assert report.problems == [], report
     assert report.answered > 0

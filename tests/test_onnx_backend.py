@@ -19,7 +19,7 @@ from google.protobuf import json_format
 
 from export import backend, config
 from export.steps import load_module
-from triton_runtime.stack import ROOT
+from harness import ROOT
 
 SIZE = 224
 FINAL = 1

@@ -23,10 +23,9 @@ from gateway.metrics import Metrics
 from gateway.problems import Failure
 from perf.generator import Generator
 from perf.overload import share_kept
-from tests.conftest import EXAMPLES, GatewayProcess, http, wait_for
+from tests.conftest import EXAMPLES, GatewayProcess, free_endpoint, http, wait_for
 from tests.test_dispatch import inferred
 from tests.test_problems import IMAGE, assert_problem
-from triton_runtime.ports import free_endpoint
 from triton_runtime.server import Endpoint, TritonServer
 
 

@@ -23,10 +23,10 @@ import pytest
 
 import contract
 from export.repository import Repository
-from perf import analyzer, budgets, client, drops, steps
+from perf import analyzer, budgets, drops, steps
 from perf.__main__ import main
 from perf.budgets import Budgets
-from perf.load import Load
+from perf.load import Load, drive
 from tests.conftest import EXAMPLES, GatewayProcess
 from triton_runtime.server import Endpoint
 
@@ -72,7 +72,7 @@ def perf_of_pair(pair_triton: Endpoint, monkeypatch: pytest.MonkeyPatch, tmp_pat
 def runner(triton: Endpoint, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., int]:
     for name, value in triton.to_environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("perf.__main__.unwind_on_signals", lambda: None)
+    monkeypatch.setattr("harness.commands.unwind_on_signals", lambda: None)
     return lambda root, *arguments: main(["--repository", str(root), "--out", str(folder), *arguments])
 
 
@@ -206,7 +206,7 @@ def test_malformed_budgets_are_refused_with_their_place(text: str, reason: str, 
 def test_failed_requests_are_told_apart_from_answers(gateway: GatewayProcess, release: str, tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     url = f"{gateway.url}/v1/predict?model_version={release}"
-    answered = client.drive(url, [tmp_path / "broken.jpg", EXAMPLES[0]], Load(2), seconds=1)
+    answered = drive(url, [tmp_path / "broken.jpg", EXAMPLES[0]], Load(2), seconds=1)
     assert answered.latencies and len(answered.answers) == len(answered.latencies)
     (reason,) = answered.failed
     assert reason.startswith("status 422") and "image_" in reason
@@ -214,7 +214,7 @@ def test_failed_requests_are_told_apart_from_answers(gateway: GatewayProcess, re
 
 def test_an_open_loop_counts_from_when_a_request_was_due(stalling: str, tmp_path: Path) -> None:
     """A server that answers one at a time, in 0.2 s, is asked 20 times a second: the last one waits for seconds."""
-    answered = client.drive(stalling, EXAMPLES[:1], Load(request_rate=20), seconds=1, warm_up=0)
+    answered = drive(stalling, EXAMPLES[:1], Load(request_rate=20), seconds=1, warm_up=0)
     assert len(answered.latencies) == 20
     assert max(answered.latencies) > 2000
     assert answered.throughput < 6
@@ -350,7 +350,7 @@ def test_a_missing_binary_says_how_to_get_it(tmp_path: Path) -> None:
 def test_a_drop_is_timed_from_its_arrival_to_its_first_answer(
     pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("perf.drops.unwind_on_signals", lambda: None)
+    monkeypatch.setattr("harness.commands.unwind_on_signals", lambda: None)
     figures = tmp_path / "drops.json"
     command = ["--repository", str(pristine), "--drops", "1", "--settle-s", "0.5", "--json", str(figures)]
     assert drops.main(command) == 0

@@ -60,7 +60,7 @@ def test_too_few_samples_are_no_verdict() -> None:
 def test_a_short_soak_of_the_whole_stack(
     tiny: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("perf.soak.unwind_on_signals", lambda: None)
+    monkeypatch.setattr("harness.commands.unwind_on_signals", lambda: None)
     monkeypatch.setenv("GATEWAY_PIPELINE", "tiny")
     soak.main(["--repository", str(tiny.root), "--requests", "240", "--results", str(tmp_path / "soak")])
     figures = json.loads((tmp_path / "soak.json").read_text())

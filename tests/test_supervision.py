@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, free_endpoint, wait_for
+from harness import ROOT
+from harness.ports import free_endpoint
+from tests.conftest import wait_for
 from triton_runtime import signals, supervision
 from triton_runtime.backoff import Backoff
+from triton_runtime.child import Child
 from triton_runtime.installation import Missing
-from triton_runtime.stack import Child
 from triton_runtime.supervision import MOST_FAILURES, Supervisor
 
 
@@ -143,7 +145,7 @@ def test_a_second_ctrl_c_waits_for_nobody() -> None:
     script = (
         "import subprocess, sys, time\n"
         "from triton_runtime.signals import Stopped, unwind_on_signals\n"
-        "from triton_runtime.stack import Child\n"
+        "from triton_runtime.child import Child\n"
         "unwind_on_signals()\n"
         "try:\n"
         "    with Child('tests.stubborn', grace_seconds=1000):\n"

@@ -262,7 +262,7 @@ from pathlib import Path
 from tests.test_triton_runtime import infer
 from tests.fuzzing import handmade
 from triton_runtime.server import TritonServer
-from triton_runtime.ports import free_endpoint
+from harness.ports import free_endpoint
 from PIL import Image
 
 size, clients = int(sys.argv[2]), int(sys.argv[3])

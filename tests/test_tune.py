@@ -130,7 +130,7 @@ def test_writing_keeps_the_comments_and_the_export_picks_it_up(repository: Path,
 
 @pytest.fixture
 def run(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("perf.tune.unwind_on_signals", lambda: None)
+    monkeypatch.setattr("harness.commands.unwind_on_signals", lambda: None)
     monkeypatch.setenv("COLUMNS", "200")
     shutil.copy(ROOT / "export" / "serving.toml", tmp_path / "serving.toml")
     return tmp_path

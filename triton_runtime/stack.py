@@ -11,74 +11,22 @@ import hashlib
 import json
 import os
 import secrets
-import signal
 import ssl
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
 
+from triton_runtime.child import ROOT, Child
 from triton_runtime.installation import Missing, check_port, port_from_environment
-from triton_runtime.server import Endpoint, TritonFailed, TritonServer, die_with_parent
-from triton_runtime.signals import Stopped, kill_group, unwind_on_signals, wait_for_end
+from triton_runtime.server import Endpoint, TritonFailed, TritonServer
+from triton_runtime.signals import Stopped, unwind_on_signals
 from triton_runtime.supervision import Part, Supervisor
 from triton_runtime.terminal import Terminal
 
-ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "examples" / "parcel-damaged.jpg"
-
-
-class Child:
-    """`python -m <arguments>` as a child process. Leaving the context lets it finish what it has begun.
-
-    It has `grace_seconds` for that, and less where a second signal comes; then it is killed, with all that it started.
-    """
-
-    def __init__(
-        self,
-        *arguments: str,
-        environment: Mapping[str, str] | None = None,
-        stdout: int | None = None,
-        grace_seconds: float = 35.0,
-    ) -> None:
-        self._command = [sys.executable, "-m", *arguments]
-        self._environment = {**os.environ, **(environment or {})}
-        self._stdout = stdout
-        self._grace_seconds = grace_seconds
-        self._start()
-
-    def _start(self) -> None:
-        self.process = subprocess.Popen(
-            self._command,
-            env=self._environment,
-            cwd=ROOT,
-            stdout=self._stdout,
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        if not wait_for_end(self.process, self._grace_seconds):
-            print(f"{' '.join(self._command[2:4])}: did not stop in time, killed", file=sys.stderr)
-        kill_group(self.process)
-
-    def poll(self) -> int | None:
-        """Its exit status; None while it runs."""
-        return self.process.poll()
-
-    def restart(self) -> None:
-        """Start it again; what is left of it is killed before."""
-        kill_group(self.process)
-        self._start()
 
 
 class Gateway(Child):

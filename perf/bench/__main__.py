@@ -28,17 +28,15 @@ from export.printing import wide_console
 from export.publish import Examiner
 from export.repository import Repository, RepositoryError
 from export.steps import Step
-from perf import analyzer, plot
+from harness import ROOT
+from harness.commands import command
+from perf import analyzer, plots
 from perf.analyzer import PerfError
 from perf.bench import pictures, targets
 from perf.bench.contenders import limit
 from perf.bench.services import BASE, BENTOML, LITSERVE, MOSEC, PLAIN, STACK, TUNED, listening, require
 from perf.bench.targets import BARE, INT8, LIMIT, REDUCED_DECODE, TARGETS, TRITON, Target
 from perf.bench.wrk import Bodies, Load, Run, wrk
-from triton_runtime.installation import Missing
-from triton_runtime.server import TritonFailed
-from triton_runtime.signals import Stopped, unwind_on_signals
-from triton_runtime.stack import ROOT
 
 CONTENDERS = {
     "limit": LIMIT,
@@ -201,7 +199,7 @@ def _median(runs: list[Run], name: str, digits: int) -> str:
     return "" if value != value else f"{value:.{digits}f}"
 
 
-def charts(runs: list[Run]) -> list[plot.Chart]:
+def charts(runs: list[Run]) -> list[plots.Chart]:
     """Throughput and the 99th percentile over the connections, for each form of the bodies."""
     result = []
     for form in dict.fromkeys(run.load.form for run in runs):
@@ -214,10 +212,11 @@ def charts(runs: list[Run]) -> list[plot.Chart]:
                               if run.contender == contender and run.load == Load(connections, form)]  # fmt: skip
                     if values and (value := statistics.median(values)) == value:
                         lines.setdefault(contender, []).append((connections, value))
-            result.append(plot.Chart(f"{title}, {form}", "connections", lines, steps))
+            result.append(plots.Chart(f"{title}, {form}", "connections", lines, steps))
     return result
 
 
+@command("bench", 1, PerfError, RepositoryError)
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print the tables, write the figures; 1 where it could not be measured."""
     parse = argparse.ArgumentParser(
@@ -240,21 +239,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse.parse_args(arguments)
     if options.base and options.pictures_of == "12mp":
         parse.error("--pictures-of 12mp has a base of its own")
-    unwind_on_signals()
     console = wide_console()
-    try:
-        with Progress(console=Console(stderr=True), transient=True) as progress, tempfile.TemporaryDirectory() as name:
-            task = progress.add_task("starting", total=None)
-            held_against, runs = _measure(options, Path(name), lambda what: progress.update(task, description=what))
-    except (PerfError, RepositoryError, Missing, TritonFailed, OSError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    except Stopped:
-        return 1
+    with Progress(console=Console(stderr=True), transient=True) as progress, tempfile.TemporaryDirectory() as name:
+        task = progress.add_task("starting", total=None)
+        held_against, runs = _measure(options, Path(name), lambda what: progress.update(task, description=what))
     options.results.parent.mkdir(parents=True, exist_ok=True)
     figures, drawn = (options.results.with_suffix(suffix) for suffix in (".json", ".svg"))
     figures.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n")
-    drawn.write_text(plot.svg(charts(runs)))
+    plots.write(drawn, plots.charts(charts(runs)))
     for table in tables(runs):
         console.print(table)
     console.print(targets.table(runs, held_against))

@@ -7,16 +7,12 @@ requests all the time. So an app stands still, as by SIGSTOP, except while it is
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,11 +20,13 @@ from typing import IO
 
 import psutil
 
+from harness import ROOT, SAMPLE, client
+from harness.gateway import whole_stack
+from harness.ports import free_port
+from harness.waiting import wait_for
 from perf.analyzer import PerfError
 from perf.bench.contenders.work import environment
-from triton_runtime.ports import free_endpoint, free_port
 from triton_runtime.server import Endpoint, TritonServer, die_with_parent
-from triton_runtime.stack import ROOT, SAMPLE, Gateway
 
 STACK, BASE = "stack", "stack, base"
 TUNED, PLAIN, LITSERVE, BENTOML, MOSEC = "app, tuned", "app, plain", "litserve", "bentoml", "mosec"
@@ -116,12 +114,10 @@ class App(Service):
 @contextlib.contextmanager
 def stack(repository: Path, log: IO[bytes] | None = None) -> Iterator[tuple[Service, TritonServer]]:
     """Gateway and Triton as `make serve` starts them, on ports of their own, answering; `log` is Triton's."""
-    with TritonServer(repository, free_endpoint(), log=log) as triton:
-        triton.wait_until_ready()
-        with Gateway(triton.endpoint, "127.0.0.1", free_port(), stdout=subprocess.DEVNULL) as gateway:
-            gateway.predict(SAMPLE, _PATIENCE_S)
-            parts = {"gateway": psutil.Process(gateway.process.pid), "triton": psutil.Process(triton.process.pid)}
-            yield Service(f"{gateway.url}/v1/predict", parts), triton
+    with whole_stack(repository, triton_log=log) as (triton, gateway):
+        gateway.predict(SAMPLE.read_bytes(), _PATIENCE_S)
+        parts = {"gateway": psutil.Process(gateway.process.pid), "triton": psutil.Process(triton.process.pid)}
+        yield Service(f"{gateway.url}/v1/predict", parts), triton
 
 
 @contextlib.contextmanager
@@ -162,25 +158,16 @@ def require(names: Iterable[str]) -> None:
         raise PerfError(f"{', '.join(missing)}: not installed, run 'make contenders'")
 
 
-def wait_for_answer(url: str) -> dict:
-    """The first answer to a picture.
+def wait_for_answer(url: str) -> None:
+    """Wait until a picture is answered.
 
     Raises:
-        PerfError: there was none in time.
+        PerfError: it is not in time.
     """
-    request = urllib.request.Request(url, SAMPLE.read_bytes(), {"Content-Type": "image/jpeg"})
-    deadline, last = time.monotonic() + _PATIENCE_S, ""
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(request, timeout=10) as response:
-                answer = json.load(response)
-                return dict(answer[0] if isinstance(answer, list) else answer)
-        except urllib.error.HTTPError as error:
-            last = f"{error.code} {error.read(200)!r}"
-        except OSError as error:
-            last = str(error)
-        time.sleep(0.2)
-    raise PerfError(f"{url} does not answer: {last}")
+    try:
+        wait_for(lambda: client.predict(url, SAMPLE.read_bytes()), _PATIENCE_S, pause=0.2, meanwhile=OSError)
+    except TimeoutError as error:
+        raise PerfError(str(error)) from None
 
 
 def _stop(process: subprocess.Popen, service: App) -> None:

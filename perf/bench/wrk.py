@@ -10,9 +10,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness import ROOT
 from perf.analyzer import PerfError
 from perf.bench.services import Service
-from triton_runtime.stack import ROOT
 
 NOTHING = float("nan")
 _WARM_UP = 1

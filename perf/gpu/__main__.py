@@ -24,6 +24,7 @@ import onnxruntime
 from contract import Manifest
 from export.printing import wide_console
 from export.repository import Repository
+from harness import ROOT
 from perf import machine
 from perf.analyzer import BINARY, PerfError
 from perf.gpu import bare, report
@@ -32,7 +33,6 @@ from perf.gpu.stack import Row, Running, Setting, largest_difference, pixels, ru
 from triton_runtime.installation import Missing
 from triton_runtime.server import TritonFailed
 from triton_runtime.signals import Stopped, unwind_on_signals
-from triton_runtime.stack import ROOT
 
 _CORES = len(os.sched_getaffinity(0))
 _PICTURES = 64

@@ -20,9 +20,9 @@ import numpy as np
 import onnxruntime
 
 from export import graph
+from harness import ROOT
 from perf.analyzer import PerfError
 from triton_runtime.installation import Installation
-from triton_runtime.stack import ROOT
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _PATIENCE_S = 120.0

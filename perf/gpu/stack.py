@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import mimetypes
 import tempfile
 import tomllib
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +16,13 @@ import contract
 from contract import Manifest
 from export import config, graph
 from export.repository import Repository
+from harness import client
 from perf import steps
 from perf.analyzer import WINDOWS, Analyzer
 from perf.bench.services import Service, stack
 from perf.generator import Generator
 from perf.gpu.shares import Shares, watched
-from perf.load import Load
+from perf.load import Load, kind_of
 from perf.tuning.rig import lay_out
 from triton_runtime.installation import SERVING
 
@@ -94,10 +92,8 @@ class Running:
         """The scores of each picture by its name, as the gateway answers."""
         found = {}
         for path in pictures:
-            kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-            request = urllib.request.Request(self._service.url, path.read_bytes(), {"Content-Type": kind})
-            with urllib.request.urlopen(request, timeout=30) as response:
-                found[path.name] = {each["label"]: each["confidence"] for each in json.load(response)["scores"]}
+            answer = client.predict(self._service.url, path.read_bytes(), kind_of(path), timeout=30)
+            found[path.name] = {each["label"]: each["confidence"] for each in answer["scores"]}
         return found
 
     def over_http(self, connections: int) -> Row:

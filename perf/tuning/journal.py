@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -14,6 +12,7 @@ from typing import Any
 
 from export.config import Serving
 from perf.analyzer import Measurement
+from perf.machine import facts
 from perf.tuning.choice import Round, Trial
 
 
@@ -68,13 +67,8 @@ class Journal:
 
 def machine() -> str:
     """The processor that this machine names, and how many cores we may use."""
-    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return f"{len(os.sched_getaffinity(0))} x {(names or [platform.machine()])[0]}"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
+    known = facts()
+    return f"{known['cores']} x {known['processor']}"
 
 
 def _trial(entry: Mapping[str, Any]) -> Trial:

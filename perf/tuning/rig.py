@@ -19,10 +19,10 @@ import contract
 from export import config
 from export.config import Serving
 from export.repository import Repository
+from harness.ports import free_endpoint
 from perf import analyzer
 from perf.analyzer import Measurement
 from perf.tuning.choice import Round, Trial
-from triton_runtime.ports import free_endpoint
 from triton_runtime.server import TritonFailed, TritonServer
 
 _WINDOWS = 3

@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from harness import ROOT
 from tests.fuzzing.stack import started
-from triton_runtime.stack import ROOT
 
 _GENERATED = re.compile(r"^\s+(\d+) generated", re.MULTILINE)
 

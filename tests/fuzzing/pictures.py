@@ -25,12 +25,12 @@ from rich.progress import track
 from rich.table import Table
 
 from gateway.api.schemas import PredictResponse
+from harness import ROOT
 from tests.fuzzing.bombs import largest
 from tests.fuzzing.corpus import Specimen, specimen
 from tests.fuzzing.seeds import TYPES, Seed, seeds
 from tests.fuzzing.stack import Stack, started
 from tests.offline import PREPROCESSING
-from triton_runtime.stack import ROOT
 
 AT_ONCE = 8
 GOOD_EVERY = 10

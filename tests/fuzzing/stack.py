@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from tests.conftest import GatewayProcess, http, wait_for
+from harness import ROOT
+from harness.gateway import GatewayProcess, whole_stack
+from tests.conftest import http, wait_for
 from triton_runtime.installation import SHARED_MEMORY_FOLDER
-from triton_runtime.ports import free_endpoint
-from triton_runtime.server import Endpoint, TritonServer
-from triton_runtime.stack import ROOT
+from triton_runtime.server import Endpoint
+from triton_runtime.stubs import look
 
 GROWTH = 64 * 2**20
 """Bytes that a process may grow by without it being a leak: what malloc keeps after the largest pictures varies."""
+
+PATIENT = {"deadline_s": 120, "log_level": "error"}
+"""Many large pictures at once take their time, and deadlines have tests of their own."""
 
 
 @dataclass(frozen=True)
@@ -61,47 +64,45 @@ class Vitals:
 class Stack:
     """A running Triton and gateway."""
 
-    url: str
-    gateway: int
+    gateway: GatewayProcess
     triton: int
     endpoint: Endpoint
 
+    @property
+    def url(self) -> str:
+        """Of the gateway."""
+        return self.gateway.url
+
     def vitals(self) -> Vitals:
         """Look at the servers now."""
-        triton = psutil.Process(self.triton)
-        stubs = [child for child in triton.children(recursive=True) if "python_backend_stub" in child.name()]
         statistics = http.get(self.endpoint.url("/v2/models/stats"), timeout=10).json()["model_stats"]
-        metrics = http.get(f"{self.url}/metrics", timeout=10).text
-        in_flight = re.search(r"^gateway_in_flight (\S+)$", metrics, re.MULTILINE)
-        assert in_flight, metrics
-        release = http.get(f"{self.url}/version", timeout=10).json()["pipeline"]["stable"]
+        release = self.gateway.page("/version")["pipeline"]["stable"]
         return Vitals(
-            stubs={stub.pid: stub.memory_full_info().uss for stub in stubs},
-            servers={pid: psutil.Process(pid).memory_full_info().uss for pid in (self.triton, self.gateway)},
+            stubs=_memory(stub.pid for stub in look(self.triton).living),
+            servers=_memory((self.triton, self.gateway.process.pid)),
             shared=sum(path.stat().st_blocks * 512 for path in SHARED_MEMORY_FOLDER.glob("triton_*")),
-            in_flight=int(float(in_flight[1])),
+            in_flight=int(self.gateway.gauges()["gateway_in_flight"]),
             failures={model["name"]: model["inference_stats"]["fail"]["count"] for model in statistics},
             successes=sum(model["inference_count"] for model in statistics if model["name"] == release),
         )
 
 
+def _memory(pids: Iterable[int]) -> dict[int, int]:
+    return {pid: psutil.Process(pid).memory_full_info().uss for pid in pids}
+
+
 @contextlib.contextmanager
 def running(triton: Endpoint, triton_pid: int) -> Iterator[Stack]:
-    """A gateway of its own in front of a Triton.
-
-    Its deadline is long: many large pictures at once take their time, and deadlines have tests of their own.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder, "log.jsonl")
-        with GatewayProcess(triton, log, deadline_s=120, log_level="error") as gateway:
-            wait_for(gateway.is_ready)
-            yield Stack(gateway.url, gateway.process.pid, triton_pid, triton)
+    """A gateway of its own in front of a Triton."""
+    with tempfile.TemporaryDirectory() as folder, GatewayProcess(triton, Path(folder, "log"), **PATIENT) as gateway:
+        wait_for(gateway.is_ready)
+        yield Stack(gateway, triton_pid, triton)
 
 
 @contextlib.contextmanager
 def started() -> Iterator[Stack]:
     """A Triton on this checkout's repository, and a gateway."""
-    with TritonServer(ROOT / "model_repository", free_endpoint()) as server:
-        server.wait_until_ready()
-        with running(server.endpoint, server.process.pid) as stack:
-            yield stack
+    with tempfile.TemporaryDirectory() as folder:
+        repository, log = ROOT / "model_repository", Path(folder, "log")
+        with whole_stack(repository, log=log, **PATIENT) as (triton, gateway):
+            yield Stack(gateway, triton.process.pid, triton.endpoint)
