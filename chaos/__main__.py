@@ -17,7 +17,7 @@ from chaos.faults import FAULTS, Fault
 from chaos.load import Known
 from chaos.releases import Pair
 from chaos.stack import shared_memory
-from chaos.trial import Report, servers, stack_for, try_out
+from chaos.trial import FaultReport, servers, stack_for, try_out
 from export.printing import wide_console
 from export.repository import Repository
 from harness import ROOT
@@ -55,10 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if all(report.has_passed for report in reports) and not left else 1
 
 
-def _run(faults: list[Fault], options: argparse.Namespace, console: Console) -> list[Report]:
+def _run(faults: list[Fault], options: argparse.Namespace, console: Console) -> list[FaultReport]:
     if not Repository(options.repository).releases(options.pipeline):
         raise Missing(f"{options.repository} holds no release of {options.pipeline}: run 'make export'")
-    reports: list[Report] = []
+    reports: list[FaultReport] = []
     if options.log:
         options.log.unlink(missing_ok=True)
     with contextlib.ExitStack() as context:
@@ -78,7 +78,7 @@ def _run(faults: list[Fault], options: argparse.Namespace, console: Console) -> 
     return reports
 
 
-def table(reports: list[Report]) -> Table:
+def table(reports: list[FaultReport]) -> Table:
     """A row a fault."""
     result = Table(title="faults, and what the clients saw", title_justify="left")
     for header in ("fault", "sent", "answered", "wrong", "late", "untyped", "failed", "recovery s", "longest s", "MB"):

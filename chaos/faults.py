@@ -17,7 +17,7 @@ from typing import Literal
 
 import psutil
 
-from chaos.load import Ask, Clients, Known, Seen
+from chaos.load import Ask, Clients, Ended, Known
 from chaos.releases import Pair, poisoned
 from chaos.stack import Stack, send
 from contract import STEPS
@@ -42,7 +42,7 @@ class Fault:
     """
 
     name: str
-    act: Callable[[Stack, Known, float], list[Seen] | None]
+    act: Callable[[Stack, Known, float], list[Ended] | None]
     replicas: int = 1
     needs_proxy: bool = False
     is_hidden: bool = False
@@ -121,7 +121,7 @@ OTHER_WATCHES = SOUND_ANSWERS + '[shadow]\nrelease = "{other}"\n'
 OTHERS_VERSION = 2
 
 
-def _kill_release(stack: Stack, known: Known, hold: float) -> list[Seen]:
+def _kill_release(stack: Stack, known: Known, hold: float) -> list[Ended]:
     """Kill the processes of a step of the other release again and again, while it is asked as well."""
     with Clients(known, stack.gateway, clients=6, pin=stack.pair.other) as pinned:
         until, kills = time.monotonic() + 3 * hold, 0
@@ -143,7 +143,7 @@ def _kill_release(stack: Stack, known: Known, hold: float) -> list[Seen]:
     return _extra(pinned.seen)
 
 
-def _hang_release(stack: Stack, known: Known, hold: float) -> list[Seen]:
+def _hang_release(stack: Stack, known: Known, hold: float) -> list[Ended]:
     """Have the processes of a step of the other release hang, while a crowd asks for it, and then die."""
     stopped = [stub for triton in stack.tritons for stub in triton.stubs("preprocess", OTHERS_VERSION)]
     for stub in stopped:
@@ -156,7 +156,7 @@ def _hang_release(stack: Stack, known: Known, hold: float) -> list[Seen]:
     return _extra(crowd.seen)
 
 
-def _send_poison(stack: Stack, known: Known, hold: float) -> list[Seen]:
+def _send_poison(stack: Stack, known: Known, hold: float) -> list[Ended]:
     """Send one picture that ends processes, again and again."""
     poison = Ask(poisoned(known.good[0].body), "image/jpeg", frozenset({"image_crashes_server"}))
     before, seen = stack.pair.deaths(), []
@@ -221,12 +221,12 @@ def _is_refused(drop: Path) -> bool:
     return verdict.exists() and Verdict.model_validate_json(verdict.read_text()).deaths == 0
 
 
-def _extra(seen: list[Seen]) -> list[Seen]:
+def _extra(seen: list[Ended]) -> list[Ended]:
     """What is judged for what it is, but nobody promised that it is answered."""
     return [replace(each, is_ordinary=False) for each in seen]
 
 
-def _kill_in_a_crowd(stack: Stack, known: Known, hold: float) -> list[Seen]:
+def _kill_in_a_crowd(stack: Stack, known: Known, hold: float) -> list[Ended]:
     """Kill a server that has much in work."""
     with Clients(known, stack.gateway, clients=64, pause_s=0.0) as crowd:
         time.sleep(hold)
@@ -332,7 +332,7 @@ async def _babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _:
     await reader.read(4096)
 
 
-def _flood(stack: Stack, known: Known, hold: float) -> list[Seen]:
+def _flood(stack: Stack, known: Known, hold: float) -> list[Ended]:
     with Clients(known, stack.gateway, clients=64, pause_s=0.0, most=round(1000 * hold)) as flood:
         flood.wait()
     return flood.seen

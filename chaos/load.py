@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 from chaos.stack import DEADLINE_S
 from contract import Manifest
 from harness.gateway import GatewayProcess
-from harness.load import Answer, Pool, post
+from harness.load import Pool, Response, post
 
 _HANG_S = 15.0
 """After its deadline, a client waits so much longer before it calls that a hang."""
@@ -39,7 +39,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Ended:
     """How a request ended for its client; times in monotonic seconds.
 
     `is_ordinary`: a good picture with the deadline that everybody has, so nothing but a fault can fail it.
@@ -125,7 +125,7 @@ class Clients:
         pin: str = "",
         only: Sequence[Ask] = (),
     ) -> None:
-        self.seen: list[Seen] = []
+        self.seen: list[Ended] = []
         self._known, self._port = known, gateway.port
         self._problems = {kind["code"]: kind["status"] for kind in gateway.page("/errors")}
         self._clients, self._pause_s = clients, pause_s
@@ -189,16 +189,15 @@ class Clients:
             connection.write(request[: len(request) - round(len(ask.body) * (1 - share))])
             await asyncio.sleep(0.02 * self._chance.random())
             connection.close()
-        self.seen.append(Seen(sent, time.monotonic(), DEADLINE_S, "left", "", False))
+        self.seen.append(Ended(sent, time.monotonic(), DEADLINE_S, "left", "", False))
 
     async def _ask(self, pool: Pool, ask: Ask) -> None:
         timeout_ms = None if self._only else self._chance.choice(_TIMEOUTS_MS)
         deadline_s = DEADLINE_S if timeout_ms is None else timeout_ms / 1000
         sent = time.monotonic()
         try:
-            async with asyncio.timeout(deadline_s + _HANG_S):
-                connection = await pool.take()
-                answer = await connection.ask(self._request(ask, timeout_ms))
+            connection = await pool.take()
+            answer = await connection.ask(self._request(ask, timeout_ms), deadline_s + _HANG_S)
             pool.give(connection)
             end, detail = self._judge(ask, answer)
         except TimeoutError:
@@ -206,9 +205,9 @@ class Clients:
         except (OSError, EOFError) as error:
             end, detail = "untyped", f"{type(error).__name__}"
         is_ordinary = timeout_ms is None and not ask.codes
-        self.seen.append(Seen(sent, time.monotonic(), deadline_s, end, detail, is_ordinary))
+        self.seen.append(Ended(sent, time.monotonic(), deadline_s, end, detail, is_ordinary))
 
-    def _judge(self, ask: Ask, answer: Answer) -> tuple[End, str]:
+    def _judge(self, ask: Ask, answer: Response) -> tuple[End, str]:
         status, body = answer.status, answer.body
         try:
             content = json.loads(body)
@@ -216,7 +215,7 @@ class Clients:
                 difference = self._known.difference(ask, content)
                 return ("wrong", difference) if difference else ("answered", "")
             code = content["code"]
-            if not answer.has(b"content-type: application/problem+json") or self._problems[code] != status:
+            if b"content-type: application/problem+json" not in answer.head or self._problems[code] != status:
                 return "untyped", f"{status} {answer.head!r} {code}"
         except (ValueError, KeyError, TypeError):
             return "untyped", f"{status} {body[:60]!r}"
@@ -225,6 +224,6 @@ class Clients:
         return ("rejected" if code in ask.codes else "wrong"), code
 
 
-def refusals(seen: Sequence[Seen]) -> Counter[str]:
+def refusals(seen: Sequence[Ended]) -> Counter[str]:
     """How often the service refused, by the problem's code."""
     return Counter(each.detail for each in seen if each.end == "refused")

@@ -85,7 +85,8 @@ class Triton:
 
     def stubs(self, step: str, version: int | None = None) -> list[psutil.Process]:
         """The living processes of a step, or of one version of it, oldest first."""
-        living = look(self.process.pid).living if self.is_running else {}
+        server = self._server
+        living = look(server.process.pid).living if server is not None else {}
         found: list[psutil.Process] = []
         for process, model in sorted(living.items(), key=lambda each: each[0].pid):
             *_, name, number, _ = model.parts

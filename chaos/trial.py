@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from chaos.faults import Fault
-from chaos.load import Clients, Known, Seen, refusals
+from chaos.load import Clients, Ended, Known, refusals
 from chaos.proxy import Proxy
 from chaos.releases import Pair
 from chaos.stack import DEADLINE_S, Stack, Triton, shared_memory
@@ -28,7 +28,7 @@ _MEMORY_MB = 48
 
 
 @dataclass(frozen=True)
-class Report:
+class FaultReport:
     """What the clients saw of a fault, and what it left behind. Times in seconds, memory in MB."""
 
     fault: str
@@ -100,7 +100,7 @@ def stack_for(
         yield stack
 
 
-def try_out(fault: Fault, stack: Stack, known: Known, hold_s: float, allowance_s: float) -> Report:
+def try_out(fault: Fault, stack: Stack, known: Known, hold_s: float, allowance_s: float) -> FaultReport:
     """Run the fault under load, and judge.
 
     Triton 24.10 crashes now and then where a request is cancelled in the moment in which it ends (its issues 7368 and
@@ -117,7 +117,7 @@ def try_out(fault: Fault, stack: Stack, known: Known, hold_s: float, allowance_s
     return report
 
 
-def _try_once(fault: Fault, stack: Stack, known: Known, hold_s: float, allowance_s: float) -> Report:
+def _try_once(fault: Fault, stack: Stack, known: Known, hold_s: float, allowance_s: float) -> FaultReport:
     with Clients(known, stack.gateway) as load:
         time.sleep(_WARM_UP_S)
         crashes = sum(triton.crashes for triton in stack.tritons)
@@ -150,7 +150,7 @@ def _try_once(fault: Fault, stack: Stack, known: Known, hold_s: float, allowance
     problems += _left_in_gauges(stack.gateway) + stack.problems
     if crashes := sum(triton.crashes for triton in stack.tritons) - crashes:
         stack.notes.append(f"a Triton crashed by itself, {crashes} times, and was started again")
-    return Report(
+    return FaultReport(
         fault=fault.name,
         sent=len(seen),
         answered=sum(each.end == "answered" for each in seen),
@@ -169,7 +169,7 @@ def _try_once(fault: Fault, stack: Stack, known: Known, hold_s: float, allowance
     )
 
 
-def _recovery(failures: list[Seen], ended: float) -> float:
+def _recovery(failures: list[Ended], ended: float) -> float:
     return max([0.0, *(each.ended - ended for each in failures)])
 
 

@@ -9,8 +9,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import uvloop
 
@@ -21,17 +20,12 @@ def post(host: str, path: str, body: bytes, *headers: str) -> bytes:
     return "\r\n".join(lines).encode() + body
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What came back; the head without its first line."""
+class Response(NamedTuple):
+    """What came back; the lines of its head in small letters."""
 
     status: int
-    head: bytes
+    head: list[bytearray]
     body: bytes
-
-    def has(self, header: bytes) -> bool:
-        """Whether it has this line in its head, whichever letters are large: `connection: close`."""
-        return header in self.head.lower().split(b"\r\n")
 
 
 class Connection(asyncio.Protocol):
@@ -40,7 +34,7 @@ class Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
-        self._answer: asyncio.Future[Answer] | None = None
+        self._answer: asyncio.Future[Response] | None = None
 
     @property
     def is_open(self) -> bool:
@@ -62,21 +56,20 @@ class Connection(asyncio.Protocol):
         head, separator, body = self._received.partition(b"\r\n\r\n")
         if not separator or not self._answer or self._answer.done():
             return
-        first, *lines = head.split(b"\r\n")
-        lengths = [int(line[15:]) for line in lines if line[:15].lower() == b"content-length:"]
+        lines = head.lower().split(b"\r\n")
+        lengths = [int(line[15:]) for line in lines if line.startswith(b"content-length:")]
         if lengths and len(body) >= lengths[0]:
-            answer = Answer(int(first[9:12]), b"\r\n".join(lines), bytes(body))
-            if answer.has(b"connection: close"):
+            if b"connection: close" in lines:
                 self.close()
-            self._answer.set_result(answer)
+            self._answer.set_result(Response(int(head[9:12]), lines, bytes(body)))
 
     def write(self, data: bytes) -> None:
         """Send bytes as they are."""
         assert self._transport is not None
         self._transport.write(data)
 
-    async def ask(self, request: bytes) -> Answer:
-        """Send a request, and wait for its answer.
+    async def ask(self, request: bytes, patience_s: float) -> Response:
+        """Send a request, and wait so long for its answer.
 
         Raises:
             OSError, EOFError: there was none.
@@ -84,13 +77,17 @@ class Connection(asyncio.Protocol):
         if not self.is_open:
             raise EOFError("the connection was closed")
         self._received.clear()
-        self._answer = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._answer = loop.create_future()
         self.write(request)
+        timer = loop.call_later(patience_s, self.connection_lost, TimeoutError(f"no answer within {patience_s:g} s"))
         try:
             return await self._answer
         except BaseException:
             self.close()
             raise
+        finally:
+            timer.cancel()
 
     def close(self) -> None:
         """Leave, whatever is under way."""
@@ -128,8 +125,7 @@ class Pool:
             self._idle.pop().close()
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """How a request ended, in seconds since the load began; without an answer, the status is 0, and the body says why.
 
     It was `due`, its first byte was `sent`, and the last one of the answer was there: `done`.
@@ -191,10 +187,9 @@ class Sender:
     async def _ask(self, due: float) -> None:
         sent = due
         try:
-            async with asyncio.timeout(self._patience_s):
-                connection = await self._pool.take()
-                sent = self._now()
-                answer = await connection.ask(next(self._requests))
+            connection = await self._pool.take()
+            sent = self._now()
+            answer = await connection.ask(next(self._requests), self._patience_s)
             self._replies.append(Reply(due, sent, self._now(), answer.status, answer.body))
             self._pool.give(connection)
         except (OSError, EOFError) as error:

@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -131,13 +131,13 @@ def measure(
     release: str,
     grpc_url: str,
     pictures: Sequence[Path],
-    concurrencies: Iterable[int],
+    concurrency: int,
     *,
     group: int = 1,
     interval_ms: int = 5000,
     binary: Path = BINARY,
-) -> list[Measurement]:
-    """Load `release` with these pictures in turn, at each number of requests in flight, each of `group` pictures.
+) -> Measurement:
+    """Load `release` with these pictures in turn, `concurrency` requests in flight, each of `group` pictures.
 
     Throughput counts pictures.
 
@@ -148,10 +148,7 @@ def measure(
     with Analyzer(grpc_url, binary) as analyzer:
         rows = [{contract.IMAGE: np.array([path.read_bytes()], np.object_)} for path in pictures]
         inputs = analyzer.store("pictures", rows)
-        return [
-            analyzer.run(release, inputs, Load(number), interval_ms=interval_ms, group=group)
-            for number in concurrencies
-        ]
+        return analyzer.run(release, inputs, Load(concurrency), interval_ms=interval_ms, group=group)
 
 
 def inputs_file(rows: Sequence[Mapping[str, np.ndarray]]) -> str:

@@ -67,7 +67,7 @@ class Watching:
 
 
 @dataclass(frozen=True)
-class Stack:
+class WatchedStack:
     """What runs for a measurement."""
 
     repository: Repository
@@ -106,7 +106,7 @@ class Stack:
 
 
 @contextmanager
-def running(repository: Path, settle_s: float) -> Iterator[Stack]:
+def running(repository: Path, settle_s: float) -> Iterator[WatchedStack]:
     """The whole stack and a watcher, on a copy of `repository`."""
     with tempfile.TemporaryDirectory(prefix="drops-") as folder:
         root = Path(shutil.copytree(repository, Path(folder, "model_repository")))
@@ -118,7 +118,7 @@ def running(repository: Path, settle_s: float) -> Iterator[Stack]:
             watching = Watching()
             assert watcher.process.stdout is not None
             threading.Thread(target=watching.read, args=(watcher.process.stdout,), daemon=True).start()
-            yield Stack(Repository(root), triton.endpoint, gateway, watching)
+            yield WatchedStack(Repository(root), triton.endpoint, gateway, watching)
 
 
 def _model(nudge: float) -> bytes:

@@ -14,7 +14,7 @@ from perf.attribution import PARTS
 from perf.budgets import QUANTILES
 from perf.confidence import Outcome
 from perf.rounds import Case, Results
-from perf.verdict import Verdict
+from perf.verdict import BoundVerdict
 
 OUTCOMES: tuple[Outcome, ...] = ("fail", "inconclusive", "pass")
 
@@ -46,7 +46,7 @@ class Report:
     command: str
     facts: Mapping[str, str]
     results: Results
-    verdicts: Sequence[Verdict]
+    verdicts: Sequence[BoundVerdict]
 
     def summary(self) -> str:
         """How many bounds passed, failed, or are neither: `1 fail, 2 inconclusive, 9 pass`."""

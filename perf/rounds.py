@@ -17,7 +17,7 @@ from perf import attribution, steps
 from perf.analyzer import WINDOWS, Analyzer, NothingMeasured
 from perf.bench.contenders import limit
 from perf.load import Load, drive
-from perf.serving import Serving
+from perf.serving import Endpoints
 
 _BATCHES = (1, 4, 8)
 
@@ -124,7 +124,7 @@ class Rounds:
 
     def __init__(
         self,
-        serving: Serving,
+        serving: Endpoints,
         repository: Repository,
         releases: Sequence[Manifest],
         pictures: Sequence[Path],

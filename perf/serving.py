@@ -19,7 +19,7 @@ _PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
-class Serving:
+class Endpoints:
     """Where Triton and the gateway listen."""
 
     triton: Endpoint
@@ -31,7 +31,7 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serving(repository: Path, releases: Sequence[Manifest]) -> Iterator[Serving]:
+def serving(repository: Path, releases: Sequence[Manifest]) -> Iterator[Endpoints]:
     """The Triton of TRITON_GRPC_PORT, started for this block where nothing listens there, and a gateway of its own.
 
     Raises:
@@ -59,4 +59,4 @@ def serving(repository: Path, releases: Sequence[Manifest]) -> Iterator[Serving]
         except OSError as error:
             names = ", ".join(release.name for release in releases)
             raise PerfError(f"the gateway does not serve {names}: {gateway.releases() or error}") from None
-        yield Serving(endpoint, gateway.url)
+        yield Endpoints(endpoint, gateway.url)

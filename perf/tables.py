@@ -10,7 +10,7 @@ from rich.text import Text
 from perf.attribution import PARTS
 from perf.budgets import QUANTILES
 from perf.rounds import Case, Results
-from perf.verdict import Verdict
+from perf.verdict import BoundVerdict
 
 _STYLE = {"pass": "green", "fail": "bold red", "inconclusive": "yellow"}
 
@@ -39,7 +39,7 @@ def _cases(results: Results, title: str, names: Sequence[str], figure: Callable[
     return table
 
 
-def verdicts(found: Sequence[Verdict]) -> Table:
+def verdicts(found: Sequence[BoundVerdict]) -> Table:
     """One row a bound; where there is more to say, below it."""
     table = Table(title="bounds, with 95 % intervals", title_justify="left")
     for header in ("endpoint", "load", "bound", "measured", ""):

@@ -28,9 +28,9 @@ from harness.commands import command
 from perf.analyzer import PerfError
 from perf.steps import pictures_in
 from perf.tuning import report, serving_file, space
-from perf.tuning.choice import Budget, Trial, decide, ranked
+from perf.tuning.choice import LatencyBudget, Trial, decide, ranked
 from perf.tuning.journal import Journal, machine
-from perf.tuning.rig import Load, Rig
+from perf.tuning.rig import Calls, Rig
 from triton_runtime.signals import Stopped
 
 _FINALISTS = 2
@@ -62,7 +62,7 @@ class Search:
     rig: Rig
     journal: Journal
     present: Serving
-    budget: Budget
+    budget: LatencyBudget
     grid: space.Grid
     progress: Progress
     trials: dict[Serving, Trial] = field(default_factory=dict)
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     present = Serving.read(options.serving)
     repository = Repository(options.repository)
     release = _release(repository, options)
-    load = Load(pictures_in(options.pictures), options.concurrency, options.group)
+    load = Calls(pictures_in(options.pictures), options.concurrency, options.group)
     grid = _grid(options, present, smallest_batch=repository.max_batch_size(release.name))
     conditions = {
         "release": {step: pin.digest for step, pin in release.steps.items()},
@@ -154,10 +154,10 @@ def _apply(options: argparse.Namespace, values: dict[str, int], console: Console
         console.print("not written: --write does")
 
 
-def _budget(options: argparse.Namespace) -> Budget:
+def _budget(options: argparse.Namespace) -> LatencyBudget:
     if options.p95_ms:
-        return Budget("p95", options.p95_ms)
-    return Budget("p99", options.p99_ms)
+        return LatencyBudget("p95", options.p95_ms)
+    return LatencyBudget("p99", options.p99_ms)
 
 
 def _release(repository: Repository, options: argparse.Namespace) -> contract.Manifest:

@@ -19,7 +19,7 @@ _LEAST_REQUESTS = {"p50": 2, "p95": 20, "p99": 100}
 
 
 @dataclass(frozen=True)
-class Verdict:
+class BoundVerdict:
     """One bound: on what (`p95`) of which endpoint under which load, in which unit, and whether it holds.
 
     `measured` is missing where nothing could be; `note` says why the outcome is not the interval's.
@@ -48,7 +48,7 @@ class Verdict:
         return f"{_short(m.middle)} ({_short(m.low)} to {_short(m.high)})" if m else ""
 
 
-def of_budget(budget: Budget, release: str, results: Results) -> Iterator[Verdict]:
+def of_budget(budget: Budget, release: str, results: Results) -> Iterator[BoundVerdict]:
     """One verdict for each bound that a budget gives, and one for its request rate."""
     runs = results.of(Case(release, budget.endpoint, budget.load))
     judge = _Judge(release, budget.endpoint, budget.load, (runs,))
@@ -61,7 +61,7 @@ def of_budget(budget: Budget, release: str, results: Results) -> Iterator[Verdic
         yield judge("rate", "/s", False, KEPT_RATE * budget.request_rate, [run.throughput for run in runs])
 
 
-def of_comparison(comparison: Comparison, release: str, base: str, results: Results) -> Iterator[Verdict]:
+def of_comparison(comparison: Comparison, release: str, base: str, results: Results) -> Iterator[BoundVerdict]:
     """One verdict for each bound, on the ratios of `release` to `base` round by round."""
     mine, theirs = (results.of(Case(name, comparison.endpoint, comparison.load)) for name in (release, base))
     judge = _Judge(f"{release} / {base}", comparison.endpoint, comparison.load, (mine, theirs))
@@ -85,7 +85,7 @@ class _Judge:
 
     def __call__(
         self, what: str, unit: str, at_most: bool, bound: float, values: list[float], least_requests: int = 1
-    ) -> Verdict:
+    ) -> BoundVerdict:
         every = [run for runs in self.runs for run in runs]
         failed = sum((Counter(run.failed) for run in every), Counter[str]())
         fewest = min(run.requests for run in every)
@@ -104,7 +104,7 @@ class _Judge:
         elif fewest < least_requests:
             outcome = "inconclusive"
             note = f"needs {least_requests} requests a round, there were {fewest}: lengthen --seconds"
-        return Verdict(self.release, self.endpoint, self.load, what, unit, at_most, bound, measured, outcome, note)
+        return BoundVerdict(self.release, self.endpoint, self.load, what, unit, at_most, bound, measured, outcome, note)
 
 
 def _short(value: float) -> str:

@@ -17,7 +17,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tests.conftest import free_port
 from triton_runtime.server import Endpoint
 
-Fault = Callable[[grpc.ServicerContext, pb.ModelInferResponse], None]
+Spoil = Callable[[grpc.ServicerContext, pb.ModelInferResponse], None]
 
 
 def _wrong_digest(_: grpc.ServicerContext, answer: pb.ModelInferResponse) -> None:
@@ -34,7 +34,7 @@ def _crash(context: grpc.ServicerContext, _: pb.ModelInferResponse) -> None:
     context.abort(grpc.StatusCode.INTERNAL, message)
 
 
-FAULTS: dict[str, Fault] = {
+FAULTS: dict[str, Spoil] = {
     "inference_failed": lambda context, _: context.abort(grpc.StatusCode.INTERNAL, "onnxruntime: out of range"),
     "image_crashes_server": _crash,
     "no_release": lambda context, _: context.abort(grpc.StatusCode.NOT_FOUND, "unknown model"),

@@ -22,11 +22,11 @@ from perf.bench import pictures, services, targets
 from perf.bench.contenders import inprocess, limit
 from perf.bench.services import BENTOML, LITSERVE, MOSEC, PLAIN, STACK, TUNED
 from perf.bench.targets import BARE, LIMIT, TRITON, Target
-from perf.bench.wrk import Bodies, Load, Run
+from perf.bench.wrk import Bodies, ContenderRun, WrkLoad
 from tests.conftest import EXAMPLES, http, wait_for
 from tests.offline import Offline
 
-SIXTEEN = Load(16, "raw")
+SIXTEEN = WrkLoad(16, "raw")
 
 
 def files(root: Path) -> tuple[Path, Path]:
@@ -93,14 +93,14 @@ def test_the_limit_is_measured(pristine: Path) -> None:
     assert limit.measure(*files(pristine), EXAMPLES, batch=2, seconds=0.5, processes=2) > 0
 
 
-def runs(*stack: float) -> list[Run]:
+def runs(*stack: float) -> list[ContenderRun]:
     """A limit of 100 requests a second and 10 ms in every round; of the stack, these numbers of both."""
     return [
         run
         for number, rate in enumerate(stack)
         for run in (
-            Run(LIMIT, SIXTEEN, number, 100.0, p50=10, p99=10),
-            Run(STACK, SIXTEEN, number, rate, p50=rate, p99=rate),
+            ContenderRun(LIMIT, SIXTEEN, number, 100.0, p50=10, p99=10),
+            ContenderRun(STACK, SIXTEEN, number, rate, p50=rate, p99=rate),
         )
     ]
 

@@ -25,7 +25,6 @@ from PIL import Image
 from gateway.auth.api_keys import hash_of
 from tests.conftest import EXAMPLES, ROOT, GatewayProcess, free_endpoint, free_port, http, wait_for
 from tests.raw_http import HEAD, connect, is_closed, receive
-from tests.test_overload import gauge
 from tests.test_problems import assert_problem
 from triton_runtime.server import Endpoint
 
@@ -414,7 +413,7 @@ def test_a_bomb_takes_no_more_than_a_body_may(gateway: GatewayProcess) -> None:
         assert_problem(http.post(f"{gateway.url}/v1/predict", content=bomb, headers=headers), "body_too_large")
     assert process.memory_info().rss - before < 40 * 2**20
     assert sum(process.cpu_times()[:2]) - began < 5
-    assert gauge(gateway, "gateway_held_bytes") == 0
+    assert gateway.gauges()["gateway_held_bytes"] == 0
 
 
 # ---- slow uplinks ----

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import resource
 import select
 import socket
@@ -42,8 +41,7 @@ def nothing_stays_open(strict: GatewayProcess) -> Iterator[None]:
 
 
 def connections(gateway: GatewayProcess) -> int:
-    page = http.get(f"{gateway.url}/metrics").text
-    return int(float(re.findall(r"^gateway_connections (\S+)", page, re.MULTILINE)[0]))
+    return int(gateway.gauges()["gateway_connections"])
 
 
 def trickle(connection: socket.socket, data: bytes, seconds: float) -> None:

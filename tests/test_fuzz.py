@@ -4,28 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import psutil
 import pytest
 from rich.console import Console
 
 from gateway.problems import PROBLEMS
+from tests.conftest import process_of
 from tests.fuzzing import api
 from tests.fuzzing.corpus import specimen
 from tests.fuzzing.pictures import ANSWERED, fuzz
 from tests.fuzzing.seeds import TYPES, seeds
-from tests.fuzzing.stack import Stack, running
+from tests.fuzzing.stack import FuzzedStack, running
 from tests.offline import PREPROCESSING
 from triton_runtime.server import Endpoint
 
 
 @pytest.fixture(scope="module")
-def stack(triton: Endpoint) -> Iterator[Stack]:
-    (server,) = [
-        process.pid
-        for process in psutil.Process().children(recursive=True)
-        if process.name() == "tritonserver" and f"--grpc-port={triton.grpc}" in process.cmdline()
-    ]
-    with running(triton, server) as stack:
+def stack(triton: Endpoint) -> Iterator[FuzzedStack]:
+    with running(triton, process_of(triton).pid) as stack:
         yield stack
 
 
@@ -41,7 +36,7 @@ def test_a_file_of_a_corpus_can_be_made_again_without_the_others() -> None:
 
 
 @pytest.mark.alone
-def test_bad_pictures_are_refused_and_felt_by_nobody(stack: Stack) -> None:
+def test_bad_pictures_are_refused_and_felt_by_nobody(stack: FuzzedStack) -> None:
     findings = fuzz(stack, (specimen(1, number) for number in range(90)), 90, (), Console(stderr=True))
     assert findings.wrong == {}
     assert findings.lost == []
@@ -52,7 +47,7 @@ def test_bad_pictures_are_refused_and_felt_by_nobody(stack: Stack) -> None:
 
 
 @pytest.mark.alone
-def test_requests_made_from_the_document_find_nothing(stack: Stack) -> None:
+def test_requests_made_from_the_document_find_nothing(stack: FuzzedStack) -> None:
     before = stack.vitals()
     cases, found = api.schemathesis(stack.url, 1, 10, "--phases=examples,coverage,fuzzing")
     assert found == ""

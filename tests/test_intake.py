@@ -29,7 +29,6 @@ from gateway.problems import Failure
 from gateway.settings import Settings
 from tests.conftest import GatewayProcess, free_endpoint, http, wait_for
 from tests.raw_http import HEAD, connect, receive
-from tests.test_overload import gauge
 from tests.test_problems import BOUNDARY, IMAGE, JSON, assert_problem, part
 from triton_runtime.server import Endpoint
 
@@ -97,7 +96,7 @@ def narrow(triton: Endpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def held(gateway: GatewayProcess) -> float:
-    return gauge(gateway, "gateway_held_bytes")
+    return gateway.gauges()["gateway_held_bytes"]
 
 
 def declare(gateway: GatewayProcess, length: int) -> socket.socket:

@@ -29,15 +29,6 @@ from tests.test_problems import IMAGE, assert_problem
 from triton_runtime.server import Endpoint, TritonServer
 
 
-def gauge(gateway: GatewayProcess, name: str) -> float:
-    lines = http.get(f"{gateway.url}/metrics").text.splitlines()
-    return sum(float(line.split()[1]) for line in lines if line.split("{")[0].split()[0] == name)
-
-
-def is_at_rest(gateway: GatewayProcess) -> bool:
-    return all(gauge(gateway, f"gateway_{name}") == 0 for name in ("in_flight", "waiting", "calls"))
-
-
 def head(length: int, timeout_ms: int) -> bytes:
     lines = ("POST /v1/predict HTTP/1.1", "Host: x", "Content-Type: image/jpeg", f"Content-Length: {length}")
     return "\r\n".join([*lines, f"{TIMEOUT_HEADER}: {timeout_ms}", "", ""]).encode()
@@ -84,14 +75,14 @@ def test_clients_that_leave_cost_triton_nothing(
     gateway: GatewayProcess, triton: Endpoint, jpeg: bytes, more: int
 ) -> None:
     jpeg += bytes(more)  # which belongs to no picture, and harms none
-    wait_for(lambda: is_at_rest(gateway))
+    wait_for(gateway.is_at_rest)
     before = inferred(triton, "classifier")
     connections = [socket.create_connection(("127.0.0.1", gateway.port), timeout=30) for _ in range(100)]
     with ThreadPoolExecutor(20) as pool:
         list(pool.map(lambda each: each.sendall(head(len(jpeg), 30_000) + jpeg), connections))
     for connection in connections:
         connection.close()
-    wait_for(lambda: is_at_rest(gateway))
+    wait_for(gateway.is_at_rest)
     assert inferred(triton, "classifier") - before < 60
     assert '"code": "client_gone"' in gateway.log.read_text()
 
@@ -193,7 +184,7 @@ def test_a_full_queue_in_triton_is_overload(narrow: Endpoint, jpeg: bytes, tmp_p
             assert int(response.headers["Retry-After"]) >= 1
         assert any("the queue of a step is full" in response.json()["detail"] for response in refused)
         for gateway in (one, two):
-            wait_for(lambda gateway=gateway: is_at_rest(gateway))
+            wait_for(gateway.is_at_rest)
             assert "replica suspected" not in gateway.log.read_text()
 
 
@@ -206,9 +197,9 @@ def test_overload_is_refused_early_and_the_rest_is_answered(triton: Endpoint, tm
         patient.closed(16, 1)
         capacity = patient.closed(16, 3)
         three = Generator("127.0.0.1", gateway.port, pictures, deadline_s).open(3 * capacity.goodput, 4)
-        wait_for(lambda: is_at_rest(gateway))
+        wait_for(gateway.is_at_rest)
         assert set(three.codes) <= {"overloaded", "deadline_exceeded"}
         assert three.codes["overloaded"] > 0.1 * three.offered
         assert sorted(three.refused_s)[len(three.refused_s) // 2] < deadline_s / 4
         assert share_kept([{"capacity": capacity, "3x": three}] * 2).middle > 0.3
-        assert gauge(gateway, "gateway_calls_limit") <= 16
+        assert gateway.gauges()["gateway_calls_limit"] <= 16

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
-import httpx
 import pytest
 
+from tests.asking import Asking
 from tests.conftest import GatewayProcess, free_endpoint, http, wait_for
 from tests.offline import Offline
 from tests.two_releases import publish_contrary
@@ -19,36 +18,20 @@ def test_a_new_release_takes_over_without_a_failed_request(repository: Path, tmp
     expected = {"defect-v1": Offline(repository).answer(jpeg)[1]}
 
     endpoint = free_endpoint()
-    answers: list[tuple[int, dict]] = []
-    stop = threading.Event()
     with (
         TritonServer(repository, endpoint, poll_seconds=1) as server,
         GatewayProcess(endpoint, tmp_path / "log", deadline_s=60) as gateway,
-        httpx.Client(base_url=gateway.url, timeout=60) as client,
     ):
         server.wait_until_ready()
         wait_for(gateway.is_ready)
-
-        def load() -> None:
-            while not stop.is_set():
-                response = client.post("/v1/predict", content=jpeg, headers={"Content-Type": "image/jpeg"})
-                answers.append((response.status_code, response.json()))
-
-        threads = [threading.Thread(target=load) for _ in range(16)]
-        for thread in threads:
-            thread.start()
-        try:
-            wait_for(lambda: len(answers) > 50)
+        with Asking(gateway.url, jpeg) as load:
+            load.wait_for_more(50)
             publish_contrary(repository)
             expected["defect-v2"] = Offline(repository).answer(jpeg)[1]
-            wait_for(lambda: answers[-1][1].get("model_version") == "defect-v2", 60)
-            enough = len(answers) + 50
-            wait_for(lambda: len(answers) > enough)
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
-        pipeline = client.get("/version").json()["pipeline"]
+            wait_for(lambda: load.answers[-1][1].get("model_version") == "defect-v2", 60)
+            load.wait_for_more(50)
+        answers = load.answers
+        pipeline = gateway.page("/version")["pipeline"]
 
     assert expected["defect-v1"] != pytest.approx(expected["defect-v2"], abs=0.05), "the releases can be told apart"
     assert {status for status, _ in answers} == {200}

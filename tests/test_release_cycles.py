@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import threading
-import time
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-import httpx
 import pytest
 
 from export.exam import Rules
@@ -17,6 +14,7 @@ from export.publish import Examiner
 from export.repository import Repository
 from gateway.routing.rollback import Gateway, roll_back
 from tests import drops
+from tests.asking import Asking
 from tests.conftest import EXAMPLES, GatewayProcess, free_endpoint, http, wait_for
 from tests.offline import Offline
 from tests.test_export import SERVING
@@ -42,7 +40,7 @@ class Stack:
     def url(self) -> str:
         return self._gateway.url
 
-    def restart(self, load: Load, *, with_triton: bool) -> None:
+    def restart(self, load: Asking, *, with_triton: bool) -> None:
         old_triton, old_gateway = self._triton, self._gateway
         if with_triton:
             self._triton = self._start_triton()
@@ -68,55 +66,6 @@ class Stack:
         return gateway
 
 
-class Load:
-    """Sixteen connections that pause after each answer. `answers` is all that came back: release, route, scores."""
-
-    def __init__(self, url: str) -> None:
-        self.answers: list[tuple[str, str, dict[str, float]]] = []
-        self.failures: list[str] = []
-        self._url = url
-        self._on = [url] * CONNECTIONS
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(i,)) for i in range(CONNECTIONS)]
-        for thread in self._threads:
-            thread.start()
-
-    def move(self, url: str) -> None:
-        """Send everything elsewhere; returns when nobody waits for an answer from the old place."""
-        self._url = url
-        wait_for(lambda: set(self._on) == {url}, 60)
-
-    def wait_for_more(self, count: int) -> None:
-        enough = len(self.answers) + count
-        wait_for(lambda: len(self.answers) >= enough or bool(self.failures), 60)
-
-    def stop(self) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self, i: int) -> None:
-        client = httpx.Client(timeout=60)
-        while not self._stop.is_set():
-            if self._on[i] != self._url:
-                client.close()
-                client, self._on[i] = httpx.Client(timeout=60), self._url
-            try:
-                response = client.post(
-                    f"{self._on[i]}/v1/predict", content=PICTURE, headers={"Content-Type": "image/jpeg"}
-                )
-                answer = response.json()
-                if response.status_code != 200:
-                    self.failures.append(response.text)
-                    continue
-                scores = {score["label"]: score["confidence"] for score in answer["scores"]}
-                self.answers.append((answer["model_version"], answer["route"], scores))
-                time.sleep(PAUSE_S)
-            except Exception as error:
-                self.failures.append(repr(error))
-        client.close()
-
-
 @pytest.mark.timeout(1200)
 def test_cycles_without_a_failed_request_or_a_wrong_name(tiny: Repository) -> None:
     repository, folder = tiny, tiny.root.parent
@@ -136,7 +85,9 @@ def test_cycles_without_a_failed_request_or_a_wrong_name(tiny: Repository) -> No
         expected[release] = Offline(repository.root, "tiny", repository.release(release)).answer(PICTURE)[1]
 
     def answered_by(release: str, way: str) -> int:
-        return sum(1 for name, via, _ in list(load.answers) if (name, via) == (release, way))
+        return sum(
+            1 for _, each in list(load.answers) if (each.get("model_version"), each.get("route")) == (release, way)
+        )
 
     def wait_for_answers(release: str, way: str, more_than: int) -> None:
         wait_for(lambda: answered_by(release, way) > more_than or bool(load.failures), 60)
@@ -150,9 +101,10 @@ def test_cycles_without_a_failed_request_or_a_wrong_name(tiny: Repository) -> No
     remember("tiny-v1")
     route('stable = "tiny-v1"\n')
     stack = Stack(folder)
-    load = Load(stack.url)
     stable = "tiny-v1"
-    try:
+    with contextlib.ExitStack() as running:
+        running.callback(stack.stop)
+        load = running.enter_context(Asking(stack.url, PICTURE, CONNECTIONS, PAUSE_S))
         for cycle in range(1, CYCLES + 1):
             number = 1 + max(repository.versions("tiny", "classifier"))
             drop = repository.step_folder("tiny", "classifier", number)
@@ -184,14 +136,12 @@ def test_cycles_without_a_failed_request_or_a_wrong_name(tiny: Repository) -> No
             if cycle % 2 == 0:
                 stack.restart(load, with_triton=RESTARTS[cycle // 2 % 2] == "both")
             assert not load.failures, load.failures[:3]
-    finally:
-        load.stop()
-        stack.stop()
     assert load.failures == []
-    ways = Counter(way for _, way, _ in load.answers)
-    assert set(ways) <= {"stable", "canary", "fallback"}
-    assert {name for name, _, _ in load.answers} == set(expected)
-    for name, _, scores in load.answers:
-        assert scores == pytest.approx(expected[name], abs=1e-4), name
+    answers = [answer for _, answer in load.answers]
+    assert {answer["route"] for answer in answers} <= {"stable", "canary", "fallback"}
+    assert {answer["model_version"] for answer in answers} == set(expected)
+    for answer in answers:
+        scores = {score["label"]: score["confidence"] for score in answer["scores"]}
+        assert scores == pytest.approx(expected[answer["model_version"]], abs=1e-4), answer
     apart = sorted(scores["dark"] for scores in expected.values())
     assert min(b - a for a, b in pairwise(apart)) > 5e-3, "the releases can be told apart"

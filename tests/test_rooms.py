@@ -34,9 +34,11 @@ ROOMS: dict[str, set[str]] = {
     "__main__": {"app", "http", "auth", "logs", "metrics", "settings"},
 }  # fmt: skip
 """Each room with those that it imports, which stand above it. What is imported for types alone does not count."""
-PROJECT = {"chaos", "contract", "export", "gateway", "perf", "tests", "triton_runtime"}
+PROJECT = {"chaos", "contract", "export", "gateway", "harness", "perf", "tests", "triton_runtime"}
 PACKAGES = {
     "contract": set(),
+    "triton_runtime": {"contract"},
+    "harness": {"triton_runtime"},
     "gateway": {"contract"},
     "export": {"contract", "model_repository"},
 }

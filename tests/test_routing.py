@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,6 +28,7 @@ from gateway.routing.router import Router, draw
 from gateway.routing.routing_file import RoutingFile
 from gateway.triton.client import TritonClient
 from gateway.triton.inventory import CHECKING, Inventory, Known
+from tests.asking import Asking
 from tests.conftest import ROOT, GatewayProcess, free_endpoint, free_port, http, wait_for
 from tests.test_outages import MANIFEST, predict
 from tests.test_problems import IMAGE, assert_problem
@@ -597,8 +597,6 @@ def test_no_request_fails_when_a_release_goes_under_load(pair: Path, tmp_path: P
     """First the canary, then, without a canary, the stable release itself; pinned requests say that it is gone."""
     endpoint, file = free_endpoint(), tmp_path / "routing.toml"
     file.write_text(canary(50))
-    answers: list[tuple[int, dict[str, Any]]] = []
-    stop = threading.Event()
     with (
         TritonServer(pair, endpoint, poll_seconds=1) as server,
         # A gateway that looks at Triton rarely: what hides the loss is the fallback, not the inventory.
@@ -607,28 +605,14 @@ def test_no_request_fails_when_a_release_goes_under_load(pair: Path, tmp_path: P
         server.wait_until_ready()
         routed = Routed(gateway, file)
         wait_for(lambda: list(routed.samples("gateway_release_active").values()) == [1.0, 1.0])
-
-        def load() -> None:
-            with httpx.Client(base_url=gateway.url, timeout=60) as client:
-                while not stop.is_set():
-                    response = client.post("/v1/predict", content=jpeg, headers=IMAGE)
-                    answers.append((response.status_code, response.json()))
-
-        threads = [threading.Thread(target=load) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        try:
+        with Asking(gateway.url, jpeg, 8) as load:
+            answers = load.answers
             wait_for(lambda: {answer.get("route") for _, answer in answers} == {"stable", "canary"})
             shutil.rmtree(pair / "defect-v2")
             wait_for(lambda: any(answer.get("route") == "fallback" for _, answer in answers))
             wait_for(lambda: len(routed.samples("gateway_release_active")) == 1)
-            enough = len(answers) + 50
-            wait_for(lambda: len(answers) > enough)
+            load.wait_for_more(50)
             gone = routed.http.post("/v1/predict?model_version=defect-v2", content=jpeg, headers=IMAGE)
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
         log = gateway.log.read_text()
 
     assert {status for status, _ in answers} == {200}

@@ -13,7 +13,7 @@ from export.config import Serving, parse
 from perf import tune
 from perf.analyzer import Measurement
 from perf.tuning import report, serving_file, space
-from perf.tuning.choice import Budget, Interval, Round, Trial, decide, front, ranked
+from perf.tuning.choice import LatencyBudget, MedianRange, Round, Trial, decide, front, ranked
 from tests.conftest import ROOT
 
 PRESENT = Serving.read(ROOT / "export" / "serving.toml")
@@ -69,8 +69,8 @@ def test_the_front_holds_what_nothing_beats_in_both() -> None:
 
 def test_the_budget_goes_before_throughput() -> None:
     trials = [trial(OTHERS[0], [150], [260]), trial(OTHERS[1], [110], [240]), trial(OTHERS[2], [120], [250])]
-    assert [each.serving for each in ranked(trials, Budget("p99", 250))] == [OTHERS[2], OTHERS[1], OTHERS[0]]
-    assert [each.serving for each in ranked(trials, Budget("p99", 100))] == [OTHERS[1], OTHERS[2], OTHERS[0]]
+    assert [each.serving for each in ranked(trials, LatencyBudget("p99", 250))] == [OTHERS[2], OTHERS[1], OTHERS[0]]
+    assert [each.serving for each in ranked(trials, LatencyBudget("p99", 100))] == [OTHERS[1], OTHERS[2], OTHERS[0]]
 
 
 @pytest.mark.parametrize(
@@ -88,22 +88,22 @@ def test_the_budget_goes_before_throughput() -> None:
 def test_settings_win_beyond_noise_and_within_the_budget(
     throughput: list[float], latency: list[float], limit_ms: float | None, wins: bool
 ) -> None:
-    winner, why = decide([trial(OTHERS[0], throughput, latency)], Budget("p99", limit_ms))
+    winner, why = decide([trial(OTHERS[0], throughput, latency)], LatencyBudget("p99", limit_ms))
     assert winner == (OTHERS[0] if wins else None)
     assert wins != ("the present settings stay" in why)
 
 
 def test_an_interval_is_median_and_range() -> None:
-    assert Interval.of([1.2, 0.9, 1.0]) == Interval(0.9, 1.0, 1.2)
+    assert MedianRange.of([1.2, 0.9, 1.0]) == MedianRange(0.9, 1.0, 1.2)
 
 
 def test_settings_that_triton_refuses_are_shown_and_never_win(tmp_path: Path) -> None:
     trials = [Trial(OTHERS[0], (), "no memory"), trial(OTHERS[1], [120], [150])]
-    assert [each.serving for each in ranked(trials, Budget())] == [OTHERS[1]]
+    assert [each.serving for each in ranked(trials, LatencyBudget())] == [OTHERS[1]]
     assert len(front(trials, "p99")) == 1
     stages = {each.serving: "coarse" for each in trials}
-    assert report.table(trials, PRESENT, Budget(), stages).row_count == 2
-    report.plot(trials, PRESENT, Budget("p99", 180), OTHERS[1], tmp_path / "plot.svg")
+    assert report.table(trials, PRESENT, LatencyBudget(), stages).row_count == 2
+    report.plot(trials, PRESENT, LatencyBudget("p99", 180), OTHERS[1], tmp_path / "plot.svg")
     circles = ElementTree.parse(tmp_path / "plot.svg").findall("{http://www.w3.org/2000/svg}circle")
     assert [circle.get("class") for circle in circles] == ["winner", "present"]
 

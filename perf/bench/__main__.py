@@ -36,7 +36,7 @@ from perf.bench import pictures, targets
 from perf.bench.contenders import limit
 from perf.bench.services import BASE, BENTOML, LITSERVE, MOSEC, PLAIN, STACK, TUNED, listening, require
 from perf.bench.targets import BARE, INT8, LIMIT, REDUCED_DECODE, TARGETS, TRITON, Target
-from perf.bench.wrk import Bodies, Load, Run, wrk
+from perf.bench.wrk import Bodies, ContenderRun, WrkLoad, wrk
 
 CONTENDERS = {
     "limit": LIMIT,
@@ -72,7 +72,7 @@ Needs wrk (Debian: apt-get install wrk) and perf_analyzer (make perf-tools).
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """What is measured, and for how long.
 
     Args:
@@ -90,13 +90,13 @@ class Plan:
     release: Manifest
     pins: dict[str, str]
     contenders: list[str]
-    loads: list[Load]
+    loads: list[WrkLoad]
     pictures: list[Path]
     seconds: int
     rounds: int
 
 
-def bench(plan: Plan, say: Callable[[str], None]) -> list[Run]:
+def bench(plan: BenchPlan, say: Callable[[str], None]) -> list[ContenderRun]:
     """Every contender, in turns.
 
     Raises:
@@ -107,7 +107,7 @@ def bench(plan: Plan, say: Callable[[str], None]) -> list[Run]:
         for step, pin in plan.release.steps.items()
     }
     files = (folders["preprocess"] / "preprocessing.py", folders["classifier"] / "model.onnx")
-    runs: list[Run] = []
+    runs: list[ContenderRun] = []
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as scratch,
         listening(plan.contenders, plan.repository, *files, plan.pins) as (services, triton),
@@ -119,10 +119,10 @@ def bench(plan: Plan, say: Callable[[str], None]) -> list[Run]:
                 say(f"round {number + 1} of {plan.rounds}, {load}")
                 if LIMIT in plan.contenders:
                     rate = limit.measure(*files, plan.pictures, batch=batch, seconds=plan.seconds)
-                    runs.append(Run(LIMIT, load, number, rate))
+                    runs.append(ContenderRun(LIMIT, load, number, rate))
                 if BARE in plan.contenders and load.connections == 1:
                     cost = limit.bare(*files, plan.pictures, seconds=plan.seconds)
-                    runs.append(Run(BARE, load, number, 1e3 / cost, p50=cost))
+                    runs.append(ContenderRun(BARE, load, number, 1e3 / cost, p50=cost))
                 for name, service in services.items():
                     runs.append(wrk(service, name, load, number, bodies[load.form], plan.seconds))
                 if TRITON in plan.contenders:
@@ -130,7 +130,7 @@ def bench(plan: Plan, say: Callable[[str], None]) -> list[Run]:
     return runs
 
 
-def _best_batch(plan: Plan, files: tuple[Path, Path], say: Callable[[str], None]) -> int:
+def _best_batch(plan: BenchPlan, files: tuple[Path, Path], say: Callable[[str], None]) -> int:
     rates = {}
     for batch in (1, 2, 4, 8):
         say(f"the limit: batch {batch}")
@@ -138,10 +138,10 @@ def _best_batch(plan: Plan, files: tuple[Path, Path], say: Callable[[str], None]
     return max(rates, key=rates.__getitem__)
 
 
-def _triton(plan: Plan, url: str, load: Load, number: int) -> Run:
+def _triton(plan: BenchPlan, url: str, load: WrkLoad, number: int) -> ContenderRun:
     interval = int(plan.seconds * 333)
-    (measured,) = analyzer.measure(plan.release.name, url, plan.pictures, [load.connections], interval_ms=interval)
-    return Run(TRITON, load, number, measured.throughput, measured.p50, measured.p99)
+    measured = analyzer.measure(plan.release.name, url, plan.pictures, load.connections, interval_ms=interval)
+    return ContenderRun(TRITON, load, number, measured.throughput, measured.p50, measured.p99)
 
 
 def publish_full_decode(repository: Repository, release: Manifest, say: Callable[[str], None]) -> str:
@@ -165,7 +165,7 @@ def publish_full_decode(repository: Repository, release: Manifest, say: Callable
     return examiner.publish_drop(release.pipeline, {"preprocess": number}, say).manifest.name
 
 
-def tables(runs: list[Run]) -> Iterator[Table]:
+def tables(runs: list[ContenderRun]) -> Iterator[Table]:
     """Medians over the rounds, a table a load."""
     for load in dict.fromkeys(run.load for run in runs):
         here = [run for run in runs if run.load == load]
@@ -194,12 +194,12 @@ def tables(runs: list[Run]) -> Iterator[Table]:
             yield cpu
 
 
-def _median(runs: list[Run], name: str, digits: int) -> str:
+def _median(runs: list[ContenderRun], name: str, digits: int) -> str:
     value = statistics.median(getattr(run, name) for run in runs)
     return "" if value != value else f"{value:.{digits}f}"
 
 
-def charts(runs: list[Run]) -> list[plots.Chart]:
+def charts(runs: list[ContenderRun]) -> list[plots.Chart]:
     """Throughput and the 99th percentile over the connections, for each form of the bodies."""
     result = []
     for form in dict.fromkeys(run.load.form for run in runs):
@@ -209,7 +209,7 @@ def charts(runs: list[Run]) -> list[plots.Chart]:
             for contender in dict.fromkeys(run.contender for run in runs):
                 for connections in steps:
                     values = [getattr(run, figure) for run in runs
-                              if run.contender == contender and run.load == Load(connections, form)]  # fmt: skip
+                              if run.contender == contender and run.load == WrkLoad(connections, form)]  # fmt: skip
                     if values and (value := statistics.median(values)) == value:
                         lines.setdefault(contender, []).append((connections, value))
             result.append(plots.Chart(f"{title}, {form}", "connections", lines, steps))
@@ -256,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _measure(
     options: argparse.Namespace, scratch: Path, say: Callable[[str], None]
-) -> tuple[tuple[Target, ...], list[Run]]:
+) -> tuple[tuple[Target, ...], list[ContenderRun]]:
     """What the options ask for, and what it is held against."""
     contenders = [CONTENDERS[name] for name in (CONTENDERS if ALL in options.contenders else options.contenders)]
     require(contenders)
@@ -273,12 +273,12 @@ def _measure(
         Repository(root).release(base)
         held_against = (*INT8, *TARGETS)
     pins = {STACK: release.name} if base or options.release else {}
-    plan = Plan(
+    plan = BenchPlan(
         repository=root,
         release=release,
         pins=pins | ({BASE: base} if base else {}),
         contenders=contenders + ([BASE] if base else []),
-        loads=[Load(connections, form) for form in options.form for connections in options.connections],
+        loads=[WrkLoad(connections, form) for form in options.form for connections in options.connections],
         pictures=pictures.KINDS[options.pictures_of](found, scratch),
         seconds=options.seconds,
         rounds=options.rounds,

@@ -11,7 +11,7 @@ from typing import Literal
 from rich.table import Table
 
 from perf.bench.services import BASE, BENTOML, LITSERVE, MOSEC, PLAIN, STACK, TUNED
-from perf.bench.wrk import Load, Run
+from perf.bench.wrk import ContenderRun, WrkLoad
 
 LIMIT, BARE, TRITON = "limit", "bare", "triton"
 
@@ -42,7 +42,7 @@ class Target:
         sign = "-" if self.compare is operator.sub else "/"
         return f"{self.contender} {sign} {self.against}"
 
-    def values(self, runs: list[Run], load: Load) -> list[float]:
+    def values(self, runs: list[ContenderRun], load: WrkLoad) -> list[float]:
         """The comparison in each round; empty where one of the two was not measured under this load."""
         figures = {(run.contender, run.round): float(getattr(run, self.figure)) for run in runs if run.load == load}
         rounds = sorted(number for contender, number in figures if contender == self.contender)
@@ -73,7 +73,7 @@ REDUCED_DECODE = (Target(STACK, BASE, (4, 16), 4.0),)
 """Of 12-megapixel pictures, beside the same release decoding at full size."""
 
 
-def table(runs: list[Run], targets: tuple[Target, ...]) -> Table:
+def table(runs: list[ContenderRun], targets: tuple[Target, ...]) -> Table:
     """Every target that these runs say something about."""
     result = Table(title="targets", title_justify="left")
     for header in ("", "figure", "load", "bound", "median", "range", ""):
@@ -91,7 +91,7 @@ def table(runs: list[Run], targets: tuple[Target, ...]) -> Table:
     return result
 
 
-def judged(runs: list[Run], targets: tuple[Target, ...]) -> Iterator[tuple[Target, Load, list[float]]]:
+def judged(runs: list[ContenderRun], targets: tuple[Target, ...]) -> Iterator[tuple[Target, WrkLoad, list[float]]]:
     """Each target under each load that it is for, with its comparison in each round."""
     for target in targets:
         for load in dict.fromkeys(run.load for run in runs):

@@ -22,7 +22,7 @@ _REST = 0.5
 
 
 @dataclass(frozen=True)
-class Load:
+class WrkLoad:
     """How many connections send one request after the other, and the form of their bodies: raw or json."""
 
     connections: int
@@ -33,14 +33,14 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Run:
+class ContenderRun:
     """One contender in one round: answers a second, milliseconds, and processor milliseconds a request by process.
 
     What it does not have is not a number.
     """
 
     contender: str
-    load: Load
+    load: WrkLoad
     round: int
     throughput: float = NOTHING
     p50: float = NOTHING
@@ -68,7 +68,7 @@ class Bodies:
         return cls("application/json", files)
 
 
-def wrk(service: Service, contender: str, load: Load, number: int, bodies: Bodies, seconds: int) -> Run:
+def wrk(service: Service, contender: str, load: WrkLoad, number: int, bodies: Bodies, seconds: int) -> ContenderRun:
     """Load a service in round `number`, after some of the same that is not counted.
 
     Raises:
@@ -81,7 +81,7 @@ def wrk(service: Service, contender: str, load: Load, number: int, bodies: Bodie
         figures = _run(service, contender, load, bodies, seconds)
         after = service.cpu_seconds()
     requests = max(1, figures["requests"])
-    return Run(
+    return ContenderRun(
         contender,
         load,
         number,
@@ -94,7 +94,7 @@ def wrk(service: Service, contender: str, load: Load, number: int, bodies: Bodie
     )
 
 
-def _run(service: Service, contender: str, load: Load, bodies: Bodies, seconds: int) -> dict[str, float]:
+def _run(service: Service, contender: str, load: WrkLoad, bodies: Bodies, seconds: int) -> dict[str, float]:
     environment = {**os.environ, "BENCH_BODIES": ":".join(map(str, bodies.files)), "BENCH_TYPE": bodies.media_type}
     command = ["wrk", "-t1", f"-c{load.connections}", f"-d{seconds}s", "--timeout", "30s"]
     command += ["-s", str(ROOT / "perf/bench/wrk.lua"), service.url]

@@ -113,7 +113,9 @@ class Check:
         self._golden = sorted(path for path in (ROOT / "export" / "golden").iterdir() if path.is_file())
         self._answers: dict[str, dict[str, dict[str, float]]] = {}
         self._log = options.out / "gpu-check-triton.log"
-        self.results = report.Results(machine={**machine.facts(), "ONNX Runtime": onnxruntime.__version__}, gpus=gpus())
+        self.results = report.GpuResults(
+            machine={**machine.facts(), "ONNX Runtime": onnxruntime.__version__}, gpus=gpus()
+        )
 
     def run(self, root: Path) -> None:
         """Measure everything, on a copy of the repository at `root`.

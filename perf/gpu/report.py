@@ -20,7 +20,7 @@ _ALONE = ("gateway", "postprocess")
 
 
 @dataclass
-class Results:
+class GpuResults:
     """Everything, filled while it is measured. Whoever is interrupted keeps what was there."""
 
     machine: dict[str, str] = field(default_factory=dict)
@@ -59,7 +59,7 @@ def busiest(row: Row, cores: int) -> str:
     return f"{name} {shares[name]:.0%}"
 
 
-def loads(results: Results, cores: int) -> Table:
+def loads(results: GpuResults, cores: int) -> Table:
     """One row a load: the setting (with processes of preprocessing and instances of the model) and what was seen."""
     table = Table(
         title="n pictures in flight: pictures a second, milliseconds, and cores that were busy",
@@ -96,7 +96,7 @@ def loads(results: Results, cores: int) -> Table:
     return table
 
 
-def bare(results: Results) -> Table:
+def bare(results: GpuResults) -> Table:
     """The model alone."""
     batches = sorted({batch for rates in results.bare.values() for batch in rates})
     table = Table(title="the model alone in ONNX Runtime, pictures a second", title_justify="left")

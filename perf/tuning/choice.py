@@ -22,7 +22,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Interval:
+class MedianRange:
     """A median, and the least and the greatest of its values."""
 
     low: float
@@ -30,7 +30,7 @@ class Interval:
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
+    def of(cls, values: Sequence[float]) -> MedianRange:
         """Of n rounds it holds the true median with a probability of 1 - 2**(1-n), however they are distributed."""
         return cls(min(values), statistics.median(values), max(values))
 
@@ -46,9 +46,9 @@ class Trial:
     rounds: tuple[Round, ...]
     error: str = ""
 
-    def ratio(self, figure: Figure) -> Interval:
+    def ratio(self, figure: Figure) -> MedianRange:
         """A figure as a multiple of what the present settings reached in the same round."""
-        return Interval.of([getattr(r.tried, figure) / getattr(r.present, figure) for r in self.rounds])
+        return MedianRange.of([getattr(r.tried, figure) / getattr(r.present, figure) for r in self.rounds])
 
     def median(self, figure: Figure) -> float:
         """Requests a second, or milliseconds."""
@@ -56,7 +56,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Budget:
+class LatencyBudget:
     """What latency may be. Without a limit: not worse than with the present settings, as far as noise lets one say."""
 
     figure: Literal["p95", "p99"] = "p99"
@@ -80,7 +80,7 @@ class Budget:
         return f"{self.figure} {limit}"
 
 
-def ranked(trials: Iterable[Trial], budget: Budget) -> list[Trial]:
+def ranked(trials: Iterable[Trial], budget: LatencyBudget) -> list[Trial]:
     """What kept to the budget before what did not; the faster one first, and without the budget the prompter one."""
 
     def rank(trial: Trial) -> tuple[bool, float]:
@@ -102,7 +102,7 @@ def front(trials: Sequence[Trial], figure: Literal["p95", "p99"]) -> list[Trial]
     return [trial for _, trial in sorted(best, key=lambda each: each[0])]
 
 
-def decide(finals: Sequence[Trial], budget: Budget) -> tuple[Serving | None, str]:
+def decide(finals: Sequence[Trial], budget: LatencyBudget) -> tuple[Serving | None, str]:
     """The settings that replace the present ones, None where those stay; and why.
 
     To replace them, others must keep to the budget and be faster in every round of the final; where the present ones

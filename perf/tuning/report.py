@@ -11,7 +11,7 @@ from rich.table import Table
 
 from export.config import Serving
 from perf import plots
-from perf.tuning.choice import Budget, Trial, front
+from perf.tuning.choice import LatencyBudget, Trial, front
 from perf.tuning.space import difference
 
 
@@ -21,7 +21,7 @@ def describe(serving: Serving, present: Serving) -> str:
     return ", ".join(f"{name} {value}" for name, value in changes.items()) or "the present settings"
 
 
-def table(trials: Sequence[Trial], present: Serving, budget: Budget, stages: Mapping[Serving, str]) -> Table:
+def table(trials: Sequence[Trial], present: Serving, budget: LatencyBudget, stages: Mapping[Serving, str]) -> Table:
     """One row for each settings tried, in the order given; a star marks the Pareto front.
 
     Throughput (with the range of its rounds) and latency stand there as measured, and as multiples of the present ones.
@@ -49,7 +49,7 @@ def table(trials: Sequence[Trial], present: Serving, budget: Budget, stages: Map
     return result
 
 
-def plot(trials: Sequence[Trial], present: Serving, budget: Budget, winner: Serving | None, path: Path) -> None:
+def plot(trials: Sequence[Trial], present: Serving, budget: LatencyBudget, winner: Serving | None, path: Path) -> None:
     """Write an SVG: a point for each settings tried, the Pareto front as a line, the budget as another one.
 
     A point is the ratio to the present settings times what those reached over the whole run: the machine's ups and

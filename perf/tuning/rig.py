@@ -25,13 +25,11 @@ from perf.analyzer import Measurement
 from perf.tuning.choice import Round, Trial
 from triton_runtime.server import TritonFailed, TritonServer
 
-_WINDOWS = 3
-"""perf_analyzer averages so many; see `analyzer.measure`."""
 _WARM_UP_S, _WARM_UP_CALLS = 1.0, 2
 
 
 @dataclass(frozen=True)
-class Load:
+class Calls:
     """Pictures in flight, and how many of them share one call."""
 
     pictures: Sequence[Path]
@@ -51,7 +49,7 @@ class Rig:
     """
 
     def __init__(
-        self, repository: Repository, release: contract.Manifest, present: Serving, load: Load, log: Path
+        self, repository: Repository, release: contract.Manifest, present: Serving, load: Calls, log: Path
     ) -> None:
         self._repository = repository
         self._release = release
@@ -106,15 +104,14 @@ class Rig:
                 yield url
 
     def _measure(self, url: str, seconds: float, calls: int) -> Measurement:
-        (measured,) = analyzer.measure(
+        return analyzer.measure(
             self._release.name,
             url,
             self._load.pictures,
-            [calls],
+            calls,
             group=self._load.group,
-            interval_ms=round(1000 * seconds / _WINDOWS),
+            interval_ms=round(1000 * seconds / analyzer.WINDOWS),
         )
-        return measured
 
 
 def lay_out(repository: Repository, release: contract.Manifest, serving: Serving, root: Path) -> None:

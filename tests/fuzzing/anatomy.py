@@ -12,7 +12,7 @@ from tests.fuzzing.handmade import PNG_SIGNATURE
 
 
 @dataclass(frozen=True)
-class Part:
+class Piece:
     """Bytes from `start` to `end` that belong together, and the order of the bytes in their numbers."""
 
     start: int
@@ -20,7 +20,7 @@ class Part:
     order: Literal["big", "little"]
 
 
-def parts(format_: str, data: bytes) -> list[Part]:
+def parts(format_: str, data: bytes) -> list[Piece]:
     """The parts of a whole file, in the order of their places; what is no part is compressed pixels or padding."""
     found = {
         "JPEG": _segments,
@@ -47,65 +47,65 @@ def with_checksums(format_: str, data: bytes) -> bytes:
     return bytes(repaired)
 
 
-def _png_chunks(data: bytes) -> Iterator[Part]:
+def _png_chunks(data: bytes) -> Iterator[Piece]:
     position = len(PNG_SIGNATURE)
     while position + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, position)
-        yield Part(position, position + 12 + length, "big")
+        yield Piece(position, position + 12 + length, "big")
         position += 12 + length
 
 
-def _segments(data: bytes) -> Iterator[Part]:
+def _segments(data: bytes) -> Iterator[Piece]:
     """Up to the first scan; behind it, of several pictures in one file, those of the others."""
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF:
         (length,) = struct.unpack_from(">H", data, position + 2)
-        yield Part(position, position + 2 + length, "big")
+        yield Piece(position, position + 2 + length, "big")
         position += 2 + length
         if data[position - length - 1] == 0xDA and (following := data.find(b"\xff\xd8\xff", position)) > 0:
             position = following + 2
 
 
-def _riff_chunks(data: bytes) -> Iterator[Part]:
-    yield Part(0, 12, "little")
+def _riff_chunks(data: bytes) -> Iterator[Piece]:
+    yield Piece(0, 12, "little")
     position = 12
     while position + 8 <= len(data):
         (length,) = struct.unpack_from("<I", data, position + 4)
-        yield Part(position, position + 8 + length + length % 2, "little")
+        yield Piece(position, position + 8 + length + length % 2, "little")
         position += 8 + length + length % 2
 
 
-def _bmp_headers(data: bytes) -> Iterator[Part]:
+def _bmp_headers(data: bytes) -> Iterator[Piece]:
     (information,) = struct.unpack_from("<I", data, 14)
     (pixels,) = struct.unpack_from("<I", data, 10)
-    yield Part(0, 14, "little")
-    yield Part(14, 14 + information, "little")
-    yield Part(14 + information, pixels, "little")  # the palette
+    yield Piece(0, 14, "little")
+    yield Piece(14, 14 + information, "little")
+    yield Piece(14 + information, pixels, "little")  # the palette
 
 
-def _gif_blocks(data: bytes) -> Iterator[Part]:
+def _gif_blocks(data: bytes) -> Iterator[Piece]:
     position = 13 + _colours(data[10])
-    yield Part(0, 13, "little")
-    yield Part(13, position, "little")
+    yield Piece(0, 13, "little")
+    yield Piece(13, position, "little")
     while position < len(data) and data[position] in (0x21, 0x2C):
         start = position
         position += 2 if data[start] == 0x21 else 11 + _colours(data[start + 9])
         while position < len(data) and data[position]:
             position += 1 + data[position]
         position += 1
-        yield Part(start, position, "little")
+        yield Piece(start, position, "little")
 
 
 def _colours(flags: int) -> int:
     return 3 * 2 ** (1 + flags % 8) if flags & 0x80 else 0
 
 
-def _directories(data: bytes) -> Iterator[Part]:
+def _directories(data: bytes) -> Iterator[Piece]:
     order: Literal["big", "little"] = "little" if data.startswith(b"II") else "big"
     sign = "<" if order == "little" else ">"
     big = data[2:4] in (b"+\0", b"\0+")
     head, count, entry, pointer = (16, "Q", 20, "Q") if big else (8, "H", 12, "I")
-    yield Part(0, head, order)
+    yield Piece(0, head, order)
     (position,) = struct.unpack_from(sign + pointer, data, 8 if big else 4)
     seen: set[int] = set()  # a mutation may have made them a circle
     while 0 < position < len(data) and position not in seen:
@@ -113,6 +113,6 @@ def _directories(data: bytes) -> Iterator[Part]:
         (entries,) = struct.unpack_from(sign + count, data, position)
         position += struct.calcsize(sign + count)
         for _ in range(min(entries, (len(data) - position) // entry)):
-            yield Part(position, position + entry, order)
+            yield Piece(position, position + entry, order)
             position += entry
         (position,) = struct.unpack_from(sign + pointer, data, position)

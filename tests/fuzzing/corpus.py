@@ -47,7 +47,7 @@ def specimen(corpus: int, number: int) -> Specimen:
     return Specimen(number, start.format, start.name, " + ".join(names), content_type, data or b"\0")
 
 
-def _parts(seed: Seed, data: bytes) -> list[anatomy.Part]:
+def _parts(seed: Seed, data: bytes) -> list[anatomy.Piece]:
     """The parts of what an earlier mutation may have left in any state."""
     try:
         return anatomy.parts(seed.format, data)
@@ -55,8 +55,8 @@ def _parts(seed: Seed, data: bytes) -> list[anatomy.Part]:
         return []
 
 
-def _part(seed: Seed, data: bytes, chance: random.Random) -> anatomy.Part:
-    return chance.choice(_parts(seed, data) or [anatomy.Part(0, min(len(data), 64), "big")])
+def _part(seed: Seed, data: bytes, chance: random.Random) -> anatomy.Piece:
+    return chance.choice(_parts(seed, data) or [anatomy.Piece(0, min(len(data), 64), "big")])
 
 
 # ---- blind ----

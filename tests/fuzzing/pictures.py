@@ -29,7 +29,7 @@ from harness import ROOT
 from tests.fuzzing.bombs import largest
 from tests.fuzzing.corpus import Specimen, specimen
 from tests.fuzzing.seeds import TYPES, Seed, seeds
-from tests.fuzzing.stack import Stack, started
+from tests.fuzzing.stack import FuzzedStack, started
 from tests.offline import PREPROCESSING
 
 AT_ONCE = 8
@@ -79,7 +79,7 @@ def outcome(response: httpx.Response) -> str:
 
 
 def fuzz(
-    stack: Stack, specimens: Iterable[Specimen], total: int, warm_up: Iterable[Seed], console: Console
+    stack: FuzzedStack, specimens: Iterable[Specimen], total: int, warm_up: Iterable[Seed], console: Console
 ) -> Findings:
     """Send them all, `AT_ONCE` at a time, with good pictures in between.
 

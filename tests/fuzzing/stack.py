@@ -61,7 +61,7 @@ class Vitals:
 
 
 @dataclass(frozen=True)
-class Stack:
+class FuzzedStack:
     """A running Triton and gateway."""
 
     gateway: GatewayProcess
@@ -92,17 +92,17 @@ def _memory(pids: Iterable[int]) -> dict[int, int]:
 
 
 @contextlib.contextmanager
-def running(triton: Endpoint, triton_pid: int) -> Iterator[Stack]:
+def running(triton: Endpoint, triton_pid: int) -> Iterator[FuzzedStack]:
     """A gateway of its own in front of a Triton."""
     with tempfile.TemporaryDirectory() as folder, GatewayProcess(triton, Path(folder, "log"), **PATIENT) as gateway:
         wait_for(gateway.is_ready)
-        yield Stack(gateway, triton_pid, triton)
+        yield FuzzedStack(gateway, triton_pid, triton)
 
 
 @contextlib.contextmanager
-def started() -> Iterator[Stack]:
+def started() -> Iterator[FuzzedStack]:
     """A Triton on this checkout's repository, and a gateway."""
     with tempfile.TemporaryDirectory() as folder:
         repository, log = ROOT / "model_repository", Path(folder, "log")
         with whole_stack(repository, log=log, **PATIENT) as (triton, gateway):
-            yield Stack(gateway, triton.process.pid, triton.endpoint)
+            yield FuzzedStack(gateway, triton.process.pid, triton.endpoint)
