@@ -19,6 +19,7 @@ import contract
 from contract import Manifest
 from export.printing import wide_console
 from export.repository import Repository, RepositoryError
+from harness import ROOT
 from harness.commands import command
 from perf import machine, steps, tables, verdict
 from perf.analyzer import PerfError, inputs_file
@@ -28,7 +29,6 @@ from perf.report import Report
 from perf.rounds import Case, Plan, Rounds
 from perf.serving import serving
 
-ROOT = Path(__file__).resolve().parent.parent
 _EPILOG = """what it does
   Everything is measured once a round, in turns, with two releases directly after each other. A figure's 95 % interval
   comes from how much it differs between the rounds. A bound of perf/budgets.toml passes or fails where the whole
