@@ -20,8 +20,7 @@ from chaos.stack import shared_memory
 from chaos.trial import FaultReport, servers, stack_for, try_out
 from export.printing import wide_console
 from export.repository import Repository
-from harness import ROOT
-from harness.commands import command
+from harness.commands import command, parser
 from triton_runtime.installation import Missing
 
 _EPILOG = """In every row no answer may be wrong, later than its deadline, or an error without a type, and all gauges
@@ -33,10 +32,9 @@ fault to the last of them."""
 @command("chaos", 1)
 def main(arguments: list[str] | None = None) -> int:
     """Run the faults and print a table; 1 where a promise was not kept."""
-    parse = argparse.ArgumentParser(prog="python -m chaos", description=__doc__, epilog=_EPILOG)
+    parse = parser("chaos", __doc__, _EPILOG)
     parse.add_argument("--only", nargs="+", choices=FAULTS, metavar="ROW", help=", ".join(FAULTS))
     parse.add_argument("--seconds", type=float, default=3.0, metavar="S", help="that a fault lasts (default: 3)")
-    parse.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: model_repository")
     parse.add_argument("--pipeline", default="defect", help="default: defect")
     parse.add_argument(
         "--allowance-ms", type=float, default=250, metavar="MS", help="for the way to the client (default: 250)"

@@ -20,7 +20,7 @@ from contract import Manifest
 from export.printing import wide_console
 from export.repository import Repository, RepositoryError
 from harness import ROOT
-from harness.commands import command
+from harness.commands import command, parser
 from perf import machine, steps, tables, verdict
 from perf.analyzer import PerfError, inputs_file
 from perf.budgets import BUDGETS, Budget, Budgets, Comparison
@@ -60,16 +60,10 @@ examples
 @command("perf", 2, PerfError, RepositoryError, ValueError)
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print the tables, write the report; the exit status is in `_EPILOG`."""
-    parse = argparse.ArgumentParser(
-        prog="python -m perf",
-        description=__doc__,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parse = parser("perf", __doc__, _EPILOG)
     parse.add_argument("--release", help="default: the newest in the repository")
     parse.add_argument("--base", help="another release of the pipeline to compare it with")
     parse.add_argument("--budgets", type=Path, default=BUDGETS, help="default: perf/budgets.toml")
-    parse.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: model_repository")
     parse.add_argument("--pictures", type=Path, default=ROOT / "examples", help="folder (default: examples)")
     parse.add_argument(
         "--concurrency",

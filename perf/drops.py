@@ -6,7 +6,6 @@ after the other, and reads the clock where each part hands over to the next.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -31,7 +30,7 @@ from export.printing import wide_console
 from export.repository import Repository
 from harness import ROOT, SAMPLE
 from harness.client import answers
-from harness.commands import command
+from harness.commands import command, parser
 from harness.gateway import GatewayProcess, whole_stack
 from harness.waiting import wait_for
 from triton_runtime.child import Child
@@ -146,10 +145,7 @@ def table(measured: list[dict[str, float]]) -> Table:
 @command("perf", 1)
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print a table; 1 where it could not be measured."""
-    parse = argparse.ArgumentParser(
-        prog="python -m perf.drops", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parse.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: model_repository")
+    parse = parser("perf.drops", __doc__)
     parse.add_argument("--drops", type=int, default=5, metavar="N", help="how many (default: 5)")
     parse.add_argument("--settle-s", type=float, default=3.0, metavar="S", help="as of export watch (default: 3)")
     parse.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from export.printing import wide_console
 from harness import ROOT
-from harness.commands import command
+from harness.commands import command, parser
 from harness.gateway import whole_stack
 from perf.confidence import Interval
 from perf.generator import Generator, Offered
@@ -40,8 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     1 where less goodput than `LEAST` is left, by the whole interval over the rounds; 2 where nothing could be measured.
     """
-    parse = argparse.ArgumentParser(prog="python -m perf.overload", description=__doc__)
-    parse.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: model_repository")
+    parse = parser("perf.overload", __doc__)
     parse.add_argument("--pictures", type=Path, default=ROOT / "examples", help="folder of JPEGs (default: examples)")
     parse.add_argument("--rounds", type=int, default=4, help="at least 2 (default: %(default)s)")
     parse.add_argument("--seconds", type=float, default=6.0, help="of each load in a round (default: %(default)s)")

@@ -7,7 +7,6 @@ the second half, when everything is warm, is a leak.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
 import contextlib
@@ -31,7 +30,7 @@ from rich.table import Table
 
 from export.printing import wide_console
 from harness import ROOT
-from harness.commands import command
+from harness.commands import command, parser
 from perf import plots
 from perf.analyzer import PerfError
 from perf.bench import pictures
@@ -199,10 +198,7 @@ def table(judged: Sequence[Growth]) -> Table:
 @command("soak", 1, PerfError)
 def main(arguments: list[str] | None = None) -> int:
     """Send, print the table, write the figures; 1 where something grows or was answered wrongly."""
-    parse = argparse.ArgumentParser(
-        prog="python -m perf.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parse.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: model_repository")
+    parse = parser("perf.soak", __doc__)
     parse.add_argument("--pictures", type=Path, default=ROOT / "examples", help="folder of JPEGs (default: examples)")
     parse.add_argument("--requests", type=int, default=50_000, metavar="N", help="default: 50000")
     parse.add_argument("--results", type=Path, default=ROOT / "perf/results/soak", help="default: perf/results/soak")

@@ -22,9 +22,9 @@ import contract
 from export.config import Serving
 from export.printing import wide_console
 from export.repository import Repository, RepositoryError
-from export.steps import REPOSITORY, digest_of
+from export.steps import digest_of
 from harness import ROOT
-from harness.commands import command
+from harness.commands import command, parser
 from perf.analyzer import PerfError
 from perf.steps import pictures_in
 from perf.tuning import report, serving_file, space
@@ -191,12 +191,7 @@ def _grid(options: argparse.Namespace, present: Serving, smallest_batch: int) ->
 
 
 def _parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(
-        prog="python -m perf.tune",
-        description=__doc__,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parse = parser("perf.tune", __doc__, _EPILOG)
     limit = parse.add_mutually_exclusive_group()
     limit.add_argument("--p99-ms", type=float, metavar="MS", help="latency budget (default: p99 no worse than now)")
     limit.add_argument("--p95-ms", type=float, metavar="MS", help="the same for the 95th percentile")
@@ -208,7 +203,6 @@ def _parser() -> argparse.ArgumentParser:
     parse.add_argument("--write", action="store_true", help="write what won into the settings file")
     parse.add_argument("--fresh", action="store_true", help="forget what was measured before")
     parse.add_argument("--release", metavar="NAME", help="default: the newest of defect")
-    parse.add_argument("--repository", type=Path, default=REPOSITORY, metavar="DIR", help="default: model_repository")
     parse.add_argument("--serving", type=Path, default=ROOT / "export/serving.toml", metavar="FILE", help="settings")
     parse.add_argument("--pictures", type=Path, default=ROOT / "examples", metavar="DIR", help="default: examples")
     parse.add_argument(

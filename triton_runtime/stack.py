@@ -32,14 +32,11 @@ SAMPLE = ROOT / "examples" / "parcel-damaged.jpg"
 class Gateway(Child):
     """The gateway in front of `triton`."""
 
-    def __init__(
-        self, triton: Endpoint, address: str, port: int, log_level: str = "info", stdout: int | None = None
-    ) -> None:
+    def __init__(self, triton: Endpoint, address: str, port: int, stdout: int | None = None) -> None:
         environment = {
             "GATEWAY_TRITON_URLS": triton.grpc_url,
             "GATEWAY_HOST": address,
             "GATEWAY_PORT": str(port),
-            "GATEWAY_LOG_LEVEL": os.environ.get("GATEWAY_LOG_LEVEL", log_level),
         }
         self._headers = {"Content-Type": "image/jpeg"}
         keys = os.environ.get("GATEWAY_API_KEYS", "")

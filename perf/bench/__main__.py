@@ -29,7 +29,7 @@ from export.publish import Examiner
 from export.repository import Repository, RepositoryError
 from export.steps import Step
 from harness import ROOT
-from harness.commands import command
+from harness.commands import command, parser
 from perf import analyzer, plots
 from perf.analyzer import PerfError
 from perf.bench import pictures, targets
@@ -219,13 +219,7 @@ def charts(runs: list[ContenderRun]) -> list[plots.Chart]:
 @command("bench", 1, PerfError, RepositoryError)
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print the tables, write the figures; 1 where it could not be measured."""
-    parse = argparse.ArgumentParser(
-        prog="python -m perf.bench",
-        description=__doc__,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parse.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: model_repository")
+    parse = parser("perf.bench", __doc__, _EPILOG)
     parse.add_argument("--contenders", nargs="+", choices=[*CONTENDERS, ALL], default=OURS, help="default: our own")
     parse.add_argument("--pictures", type=Path, default=ROOT / "examples", help="folder of JPEGs (default: examples)")
     parse.add_argument("--pictures-of", choices=pictures.KINDS, default="given", help="sizes (default: as given)")

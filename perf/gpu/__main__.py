@@ -25,6 +25,7 @@ from contract import Manifest
 from export.printing import wide_console
 from export.repository import Repository
 from harness import ROOT
+from harness.commands import parser
 from perf import machine
 from perf.analyzer import BINARY, PerfError
 from perf.gpu import bare, report
@@ -67,12 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(
-        prog="python -m perf.gpu",
-        description=__doc__,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parse = parser("perf.gpu", __doc__, _EPILOG)
     several = partial(parse.add_argument, type=int, nargs="*", metavar="N")
     parse.add_argument("--without-gpu", action="store_true", help="run all of it on the processor, to try this script")
     parse.add_argument("--precisions", nargs="+", choices=["fp32", "fp16"], default=["fp32", "fp16"])
@@ -82,7 +78,6 @@ def _parser() -> argparse.ArgumentParser:
     several("--instances", default=[1, 2], help="of the model on a GPU (default: 1 2)")
     several("--batches", default=[1, 8, 16, 32], help="of the model alone (default: 1 8 16 32)")
     parse.add_argument("--seconds", type=float, default=3.0, help="of one measurement (default: 3)")
-    parse.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: model_repository")
     parse.add_argument("--pictures", type=Path, default=ROOT / "examples", help="folder of JPEGs (default: examples)")
     parse.add_argument("--perf-analyzer", type=Path, default=_analyzer(), help="default: .venv-perf, or beside Python")
     parse.add_argument("--out", type=Path, default=ROOT / "perf/results", help="folder (default: perf/results)")
