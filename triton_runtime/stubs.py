@@ -38,7 +38,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Seen:
-    """The stubs of a server, its only children: each living one with the file that it runs, and the dead ones.
+    """The stubs of a server: each living one with the file of the model's version that it runs, and the dead ones.
 
     `ending` are those that do not say what they run: they begin just now, or end, and are dead the next time.
     """
@@ -64,9 +64,11 @@ def look(server: int, strangers: set[int] | None = None, proc: Path = PROC) -> S
         name, state, parent, started = found
         if parent != server:
             strangers.add(pid)
-        elif state in "ZX":  # whatever its name: before it became a stub it had the server's
+        elif name not in (_COMM, _name(proc, server)):  # before it becomes a stub it has the server's
+            continue
+        elif state in "ZX":
             dead.add(Process(pid, started))
-        elif name == _COMM and (model := _model(proc / str(pid))):
+        elif model := _model(proc / str(pid)):
             living[Process(pid, started)] = model
         else:
             ending.add(Process(pid, started))
@@ -89,6 +91,10 @@ def _status(proc: Path, pid: int) -> tuple[str, str, int, int] | None:
         return None
     fields = tail.split()
     return head.partition("(")[2], fields[0], int(fields[1]), int(fields[19])
+
+
+def _name(proc: Path, pid: int) -> str:
+    return (_status(proc, pid) or ("",))[0]
 
 
 def _model(process: Path) -> Path | None:
