@@ -216,6 +216,17 @@ def test_a_triton_that_loads_nothing_any_more_is_restarted_though_others_answer(
     assert clock.said[-1].endswith("within 12 s, 3 times: the server is restarted")
 
 
+def test_another_pipelines_answers_are_spared_like_another_versions(clock: Clock) -> None:
+    clock.start(1)
+    clock.start(2, Path("/models/b_preprocess/1/model.py"))
+    clock.look()
+    clock.look(1)
+    clock.die(1)
+    for _ in range(3):
+        clock.until(lambda actions: Reload(FILE) in actions)
+    clock.until(lambda actions: Restart() in actions)
+
+
 def test_a_triton_that_loads_again_late_is_not_restarted(clock: Clock) -> None:
     clock.start(1)
     clock.start(2, ANOTHER)
@@ -489,13 +500,13 @@ def test_a_triton_that_crashes_while_it_loads_the_step_is_restarted(triton: Trit
         triton.wait_until_ready()
         first = triton.process
         os.kill(next(iter(stubs.look(first.pid).living)).pid, signal.SIGKILL)
-        wait_for(lambda: triton._healer.is_loading)
+        wait_for(lambda: triton._healer.is_replacing)
         os.kill(first.pid, signal.SIGSEGV)
         wait_for(lambda: triton.process is not first, 60)
         assert triton.poll() is None
         wait_for(lambda: answers(triton.endpoint, jpeg), 120)
         assert triton.crashes == 1
-        wait_for(lambda: not triton._may_crash)  # whoever restarted it saw that it serves, too
+        wait_for(lambda: not triton._forgives_a_crash)  # whoever restarted it saw that it serves, too
         os.kill(triton.process.pid, signal.SIGSEGV)
         wait_for(lambda: triton.poll() == -signal.SIGSEGV)  # another crash is for others to decide about
 

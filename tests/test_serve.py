@@ -72,13 +72,13 @@ def test_a_terminal_gets_stages_and_news_and_a_file_all_lines(pristine: Path, tm
             stderr=output,
         )
     try:
-        wait_for(lambda: "all logs: " in log.read_text(), 120)
+        wait_for(lambda: "logs: " in log.read_text(), 120)
         shown = log.read_text()
         assert re.fullmatch(
             r"starting Triton \.\.\. [\d.]+ s\n"
             r"starting the gateway, which tries each release \.\.\. [\d.]+ s\n"
             r"defect-v1: parcel-damaged\.jpg is damaged \(0\.\d\d\)\nready: \S+\ndocs: \S+/docs\ntry: curl .*\n"
-            r"all logs: build/serve\.log; Ctrl-C stops everything\n",
+            r"logs: build/serve\.log; Ctrl-C stops everything\n",
             shown,
         ), shown
         drop = repository / "defect_classifier" / "2"

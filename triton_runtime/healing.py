@@ -32,15 +32,15 @@ _STRAY_S = 3.0
 _YOUNG_S = 0.5
 """A process that died so soon after it was seen may have been killed in its first moment."""
 _APPEAR_S = 10.0
-"""Beside the time between two looks of Triton at its repository."""
+"""On top of two of Triton's looks at its repository."""
 _MOST_MISSED = 3
 """After so many times in a row in which Triton loaded nothing, it never will. It loads one change of its repository
 after the other, so a large model may be what it is busy with."""
 _PROVEN_S = 60.0
 """New processes that live so long are loaded, and nobody waits for the old ones any more."""
 _CALM_S = 20.0
-"""New processes that live so long after they were asked for do not end by themselves: a picture or a person ended them,
-and the next ones are to come at once. A release with one process has none meanwhile."""
+"""A process that dies later than this after it was asked for did not fail by itself, so the next one comes at once:
+its release may have no other."""
 _MOST_DEAD = 64
 """Each keeps a megabyte or more of shared memory in Triton, and about 45 threads, of which a machine allows so many."""
 _MANY_DEAD = 16
@@ -70,7 +70,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Restart:
-    """Stop the server in order and start it again."""
+    """Stop the server, with little patience, and start it again."""
 
 
 Action = Say | Reload | Kill | Restart
@@ -104,11 +104,11 @@ class Healer:
         self._proven_s = max(_PROVEN_S, grace_seconds + 5)
         self._steps: dict[Path, _Step] = {}
         self._restarts = Backoff(first=60, most=900, calm=3600)
-        self._restarts_of_nothing = Backoff(first=1, most=60, calm=_CALM_S)
+        self._restarts_without_siblings = Backoff(first=1, most=60, calm=_CALM_S)
         self.begin()
 
     def begin(self) -> None:
-        """Another server was started: what was known of processes is void, how often what failed is not."""
+        """Another server was started: forget its processes, and keep the counts of failures."""
         self._is_serving = False
         self._files: dict[Process, Path] = {}
         self._vanished: set[Path] = set()
@@ -123,20 +123,20 @@ class Healer:
     @property
     def pause(self) -> float:
         """Seconds until the next look."""
-        return _SHORT_LOOK_S if self.is_loading or not self._is_serving else LOOK_S
+        return _SHORT_LOOK_S if self.is_replacing or not self._is_serving else LOOK_S
 
     @property
-    def is_loading(self) -> bool:
+    def is_replacing(self) -> bool:
         """Whether Triton loads a step again, or is about to."""
         return any(step.asked is not None for step in self._steps.values())
 
     @property
     def replaced(self) -> frozenset[Process]:
-        """Processes that new ones took the place of. They may be running, and have nothing to do."""
+        """Processes that new ones take the place of. Those still running answer until the new ones have loaded."""
         return frozenset().union(*(step.old for step in self._steps.values() if step.has_come))
 
     def refused(self, file: Path, reason: str) -> None:
-        """A `Reload` could not be done. What only may be of use is let be then: no server is restarted for it."""
+        """A `Reload` could not be done. If it was only a try, nothing follows."""
         if (step := self._steps.get(_folder(file))) and step.asked is not None:
             step.refusal = reason
 
@@ -157,7 +157,7 @@ class Healer:
         if not self._is_serving and not is_serving:
             early = [process for process in sorted(seen.dead, key=_pid) if now - self._dead_since[process] >= _STRAY_S]
             why = f"process {_numbers(early)} died while the server started" if early else ""
-            return list(self._restart(now, why, self._restarts_of_nothing))
+            return list(self._restart(now, why, self._restarts_without_siblings))
         actions = [] if self._is_serving else list(self._load_what_vanished(seen))
         self._is_serving = True
         lost: dict[Path, list[Process]] = {}
@@ -173,9 +173,9 @@ class Healer:
         for folder, step in self._steps.items():
             if folder not in lost:
                 step.due = step.asked = None  # Triton cleaned up
-        answers = any(self._has_siblings(_folder(file), seen) for file in seen.living.values())
-        backoff = self._restarts_of_nothing if strays and not answers else self._restarts
-        return actions + list(self._restart(now, self._hopeless(now, strays, seen, is_short), backoff))
+        has_siblings = any(self._has_siblings(_folder(file), seen) for file in seen.living.values())
+        backoff = self._restarts_without_siblings if strays and not has_siblings else self._restarts
+        return actions + list(self._restart(now, self._why_restart(now, strays, seen, is_short), backoff))
 
     def _remember(self, now: float, seen: Seen) -> None:
         here = seen.dead | seen.ending | seen.living.keys()
@@ -230,22 +230,24 @@ class Healer:
         return any(process in self._files and _folder(self._files[process]) == folder for process in dead)
 
     def _is_hopeless(self, folder: Path, step: _Step, seen: Seen) -> bool:
-        """Whether to try once more is no use, or would spare nobody."""
+        """Whether to try once more is no use, or nobody else would have to pay for a restart."""
         young = [p for p in step.old & seen.dead if self._dead_since[p] - self._since[p] < _YOUNG_S]
         return bool(young) or step.missed + 1 >= _MOST_MISSED or not self._has_siblings(folder, seen)
 
     @staticmethod
     def _has_siblings(folder: Path, seen: Seen) -> bool:
-        """Whether another version of the model runs, and so another release: a new server would cost its answers."""
+        """Whether another version of the model runs, or another pipeline: a new server would cost their answers."""
         running = {_folder(file) for file in seen.living.values()}
-        return any(each.parent == folder.parent and each != folder for each in running)
+        return any(
+            each != folder if each.parent == folder.parent else _pipeline(each) != _pipeline(folder) for each in running
+        )
 
     def _schedule(self, now: float, step: _Step, why: str) -> Say:
         wait = step.backoff.wait(now)
         step.asked, step.due, step.has_come = None, now + wait, False
         return Say(f"{why}: it is to be loaded again{f' in {wait:g} s' if wait else ''}")
 
-    def _hopeless(self, now: float, strays: list[Process], seen: Seen, is_short: bool) -> str:
+    def _why_restart(self, now: float, strays: list[Process], seen: Seen, is_short: bool) -> str:
         """Why nothing but another server helps; empty where something else may."""
         if strays:
             return f"process {_numbers(strays)} died in its first moment, and Triton waits for it"
@@ -268,6 +270,11 @@ class Healer:
             yield Say(f"{why}: the server is restarted{f' in {wait:g} s' if wait else ''}")
         if self._restart_at is not None and now >= self._restart_at:
             yield Restart()
+
+
+def _pipeline(folder: Path) -> str:
+    """The pipeline that a version's step belongs to."""
+    return folder.parent.name.rpartition("_")[0]
 
 
 def _folder(file: Path) -> Path:

@@ -182,12 +182,11 @@ def check_port(address: str, port: int, name: str) -> None:
 class SharedMemory:
     """How much of it the Python steps may come to need; they grow with the largest pictures, and never shrink.
 
-    Each process of preprocessing holds a whole batch of pictures, and two more: one was not enough each time. With the
-    default settings 64 clients of pictures of 19.9 MiB made it 686 MiB, and this says 745; with 1.6 MiB they failed at
-    64, and this says 83.
+    Each process of preprocessing holds a whole batch of pictures, and two more (one was too few). Measured with 64
+    clients: pictures of 19.9 MiB took 686 MiB (745 here); of 1.6 MiB they failed with 64 MiB (83 here).
 
     Args:
-        processes: of preprocessing, for one number of it.
+        processes: of one version of preprocessing.
         pictures: most in a batch.
         largest: bytes of the largest picture.
     """

@@ -1,7 +1,8 @@
 """One embedded Triton server: started, waited for, kept whole, stopped, and cleaned up after.
 
-When Triton ends by itself, nothing is restarted here: its exit status is reported, and whoever runs this decides. When
-one of its Python processes dies, which Triton does not notice, a thread has the step loaded again (`healing`).
+When one of its Python processes dies, which Triton does not notice, a thread has the step loaded again (`healing`).
+Triton itself is restarted here after a crash at its start, and after one in healing. Any other end is reported, and
+whoever runs this decides.
 """
 
 from __future__ import annotations
@@ -132,10 +133,10 @@ class TritonServer:
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._changing = threading.RLock()  # held while the process is replaced, and while it is healed
-        self._is_between = False
-        self._may_crash = False
+        self._is_restarting = False
+        self._forgives_a_crash = False
         self.crashes = 0
-        """How often Triton crashed in a way that is mended here, by a restart."""
+        """Crashes of Triton in healing, mended by a restart."""
 
     def __enter__(self) -> Self:
         self._start()
@@ -174,7 +175,7 @@ class TritonServer:
             raise
 
     def command(self, server: Path, backends: Path) -> list[str]:
-        """The server's command line. What it shares memory by is named as the folder of its `backends`."""
+        """The server's command line. Its shared memory is named after the folder that `backends` is in."""
         endpoint = self.endpoint
         lock = f"{RESTRICTED}:{LOCK}={secrets.token_hex(16)}\n."
         return [
@@ -207,13 +208,13 @@ class TritonServer:
         return [contract.release_name(pipeline, number) for pipeline, number in sorted(newest.items())]
 
     def wait_until_ready(self, timeout: float = 120.0) -> list[str]:
-        """Wait until the newest release of each pipeline answers, or cannot while others do; return those that answer.
+        """Wait for the newest release of each pipeline; return those that answer, once no other one is loading.
 
         Triton 24.10 crashes at a start now and then, seldom, when a lock of its shared memory fails
         (`boost::interprocess::lock_exception`). It is started again then, once.
 
         Raises:
-            TritonFailed: Triton ended or the time is over; the message holds each model's own reason.
+            TritonFailed: Triton ended, was stopped, can serve nothing, or is late; with the models' reasons if known.
         """
         deadline = time.monotonic() + timeout
         wanted = waiting = self.releases()
@@ -261,13 +262,13 @@ class TritonServer:
 
     def poll(self) -> int | None:
         """Triton's exit status where it ended by itself; None while it runs, or is being restarted."""
-        return None if self._is_between or self._crashed_by_healing() else self.process.poll()
+        return None if self._is_restarting or self._crashed_by_healing() else self.process.poll()
 
     def _crashed_by_healing(self) -> bool:
         """Triton 24.10 crashes now and then while it loads a step again; what was done to it here is mended here."""
         status = self.process.poll()
         has_crashed = status is not None and -status in _CRASHES and self._thread is not None
-        return has_crashed and (self._healer.is_loading or self._may_crash)
+        return has_crashed and (self._healer.is_replacing or self._forgives_a_crash)
 
     def restart(self, patience_s: float | None = None) -> None:
         """Stop Triton in order, where it has not ended, and start it again.
@@ -281,13 +282,13 @@ class TritonServer:
         with self._changing:
             if self.process is not process:
                 return  # another thread did it meanwhile
-            self._is_between = True
+            self._is_restarting = True
             try:
                 self._end(self.grace_seconds + 10 if patience_s is None else patience_s)
                 if not self._stopping.is_set():
                     self._start()
             finally:
-                self._is_between = False
+                self._is_restarting = False
 
     def stop(self) -> None:
         """Let Triton finish what it has, then make sure that no process and no shared memory is left."""
@@ -306,7 +307,7 @@ class TritonServer:
             # Models in which a request failed with its process are never unloaded, and Triton would wait for them.
             over_since = (over_since or now) if self._has_remains_alone() else None
             if now > deadline or is_in_a_hurry():
-                print("triton: did not stop in time, killed", file=sys.stderr)
+                print("triton: killed before it had stopped", file=sys.stderr)
                 break
             if over_since is not None and now - over_since > 1:
                 break
@@ -330,13 +331,13 @@ class TritonServer:
                     if self._crashed_by_healing():
                         print("triton: crashed while it loaded a step, and is restarted", file=sys.stderr, flush=True)
                         self.crashes += 1
-                        is_first, self._may_crash = not self._may_crash, False
+                        is_first, self._forgives_a_crash = not self._forgives_a_crash, False
                         self._healer.begin()
                         self.restart()
-                        self._may_crash = is_first  # if it crashes again before it serves, others decide
+                        self._forgives_a_crash = is_first  # if it crashes again before it serves, others decide
                     elif process.poll() is None:
                         if not is_serving and (is_serving := self._is_live()):
-                            self._may_crash = False
+                            self._forgives_a_crash = False
                         seen = stubs.look(process.pid, strangers)
                         is_short = shutil.disk_usage(SHARED_MEMORY_FOLDER).free < _LITTLE_MEMORY
                         for action in self._healer.look(
@@ -372,7 +373,7 @@ class TritonServer:
                     os.kill(process.pid, signal.SIGKILL)
             case healing.Restart():
                 self.restart(_SHORT_PATIENCE_S if is_serving else 0.0)
-                self._may_crash = True
+                self._forgives_a_crash = True
 
     def shared_memory(self) -> Iterator[Path]:
         """The files through which the server talks to its Python steps."""
@@ -414,6 +415,6 @@ def _date_later(file: Path) -> None:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to end this process with its parent, should the parent be killed (for `preexec_fn`)."""
+    """Ask the kernel to send this process SIGTERM when the thread that started it ends (for `preexec_fn`)."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -25,7 +25,7 @@ class Stopped(BaseException):
 def unwind_on_signals() -> None:
     """From now on SIGTERM, Ctrl-C and a closed terminal raise `Stopped` in the main thread, once.
 
-    A second one cuts no clean-up short, but what is waited for (`wait_for_end`).
+    A second one cuts no clean-up short, only the waiting for processes to end (`wait_for_end`).
     """
     unwinding = False
 

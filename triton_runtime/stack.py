@@ -125,13 +125,13 @@ def _serve(options: argparse.Namespace) -> int:
         print(f"docs: {gateway.url}/docs")
         print(f"try: {gateway.example(SAMPLE.relative_to(ROOT))}", flush=True)
         if terminal.path:
-            print(f"all logs: {terminal.path.relative_to(ROOT)}; Ctrl-C stops everything", flush=True)
+            print(f"logs: {terminal.path.relative_to(ROOT)}; Ctrl-C stops everything", flush=True)
         running: dict[str, Part] = {"triton": triton, "gateway": gateway, "watcher": watcher}
         return Supervisor(running, spare={"watcher"}).run()  # what is dropped may end it; what answers goes on
 
 
 def _terminal() -> Terminal:
-    """Where logs go: on a terminal to a file, but for what somebody should know; else all to where we write."""
+    """Where logs go: on a terminal, or with `text`, to a file, and news here as well; else all to where we write."""
     shape = os.environ.get("GATEWAY_LOG_FORMAT", "auto")
     is_text = shape == "text" or (shape != "json" and sys.stderr.isatty())
     try:

@@ -40,7 +40,7 @@ class Process:
 class Seen:
     """The stubs of a server: each living one with the file of the model's version that it runs, and the dead ones.
 
-    `ending` are those that do not say what they run: they begin just now, or end, and are dead the next time.
+    `ending` are those that do not say what they run: they just began, or are ending.
     """
 
     living: dict[Process, Path]

@@ -42,7 +42,7 @@ class Supervisor:
         self._spare = spare
 
     def run(self) -> int:
-        """Until one is abandoned, after `MOST_FAILURES` between which it never ran for `CALM_S`: its exit status."""
+        """Until one is abandoned, after `MOST_FAILURES` without `CALM_S` between: its status if above 0, else 1."""
         while True:
             for name, (part, history) in self._parts.items():
                 if (status := self._look(name, part, history, time.monotonic())) is not None:

@@ -1,5 +1,5 @@
-"""What `make serve` shows: on a terminal its stages with their time, and news, with every line of every part in a file;
-elsewhere every line.
+"""What `make serve` shows: on a terminal its stages with their time, and news, with what its parts log in a file;
+elsewhere all of that.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The folder of a running server, and what one that was killed left behind.
 
-Not among the temporary files: cleaners remove there what is ten days old, and where nothing may be executed (`noexec`)
-a step's process cannot be started. It is locked for as long as its owner lives, and a server that starts removes
-those that nobody has locked, with their shared memory.
+In the checkout, where that can be written, and not among the temporary files: cleaners remove there what is ten days
+old, and where nothing may be executed (`noexec`) a step's process cannot be started. It is locked for as long as its
+owner lives, and a server that starts removes those in the checkout that nobody has locked, with their shared memory.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Workplace:
             # ends. One that was killed leaves it; one whose folder somebody else removed crashes at its end.
             with contextlib.suppress(OSError):
                 found = folder.stat()
-                is_anothers = any(_made_it(since, found) for since in others)
-                if _made_it(self._since, found) and found.st_uid == os.geteuid() and not is_anothers:
+                is_anothers = any(_may_have_made(since, found) for since in others)
+                if _may_have_made(self._since, found) and found.st_uid == os.geteuid() and not is_anothers:
                     folder.rmdir()  # only where it is empty
 
 
@@ -76,7 +76,7 @@ def sweep(place: Path = PLACE) -> None:
                 os.close(lock)
 
 
-def _made_it(since: float, folder: os.stat_result) -> bool:
+def _may_have_made(since: float, folder: os.stat_result) -> bool:
     """Whether a server that began then may have made the folder."""
     return -1 <= folder.st_mtime - since < _STARTING_S
 

@@ -93,8 +93,8 @@ class TritonPythonModel:
     def execute(self, requests: list) -> list | None:
         """Run all requests that Triton batched together as one batch; they are answered when the last piece is done.
 
-        It returns when the last piece has begun. Triton then sends the next batch, for the processors that this one
-        has no more pieces for, and counts as time of the model only what was until then.
+        It returns once the last piece has begun (one that has all processors: is done), so that Triton sends the next
+        batch for those that are idle. Triton counts only the time until then.
         """
         try:
             batch = Batch(requests, self.inputs, self.outputs, self.items_per_run)
@@ -245,8 +245,7 @@ def _on_gpu(
 ) -> tuple[SizedSessions | None, str]:
     """The model on the GPU that Triton chose for this instance, and where it runs, in words.
 
-    None, for the processor, where the configuration or the lack of a GPU has Triton say so, and where the choice is
-    Triton's (KIND_AUTO) but ONNX Runtime cannot use the GPU.
+    None means the processor: Triton chose that, or chose a GPU by KIND_AUTO that ONNX Runtime cannot use.
 
     Raises:
         NoGpu: ONNX Runtime cannot use it, and the configuration says KIND_GPU.
@@ -266,7 +265,7 @@ def _on_gpu(
             make = partial(onnxruntime.InferenceSession, path, _options(parameters, 1), providers=[(CUDA, cuda), CPU])
             if (first := make()).get_providers()[0] == CUDA:
                 return SizedSessions(first, make, config), f"on GPU {number} (CUDA)"
-        except Exception as error:  # whatever CUDA and cuDNN raise; a broken model does it again below
+        except Exception as error:  # whatever CUDA and cuDNN raise; a broken model fails again below, or is NoGpu
             reason = str(error)
         else:
             reason = "ONNX Runtime could not load its CUDA provider, as it says above"
@@ -339,7 +338,7 @@ class Processors:
         self._file = os.open(load, os.O_RDONLY)  # its fourth field: how many run or could, of how many there are
 
     def are_idle(self, wanted: int) -> bool:
-        """Whether nobody else wants so many, that of the caller included."""
+        """Whether so many are idle, counting the caller's."""
         missing = wanted - self._idle()
         if missing == 1:
             # Perhaps whoever woke us, who is done but for going to sleep, and waits for our processor to do so.
