@@ -50,10 +50,14 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--precision", choices=["fp32", "fp16", "int8"], default="fp32", help="int8 needs --calibration"
     )
-    source.add_argument("--calibration", type=Path, metavar="DIR", help="pictures as in production, 100 or more")
+    source.add_argument(
+        "--calibration", type=Path, metavar="DIR", help="pictures as in production: 8 or more, better 100"
+    )
     target = parse.add_argument_group("where to")
     target.add_argument("--to", type=Path, metavar="FILE", help="write the ONNX file here, and publish nothing")
-    target.add_argument("--if-missing", action="store_true", help="do nothing where the newest release is complete")
+    target.add_argument(
+        "--if-missing", action="store_true", help="export only if the newest release of --pipeline is incomplete"
+    )
     target.add_argument("--force", action="store_true", help="overrule agreement, accuracy and cost in the exam")
     publish.add_options(parse)
     parse.set_defaults(default_checkpoint=root / "checkpoints" / "defect")

@@ -1,4 +1,4 @@
-"""A program that may hang, fork, flood or hide, run for a bounded time: its lines, how it ended; nothing stays.
+"""A program that may hang, fork or flood, run for a bounded time: its lines, and how it ended.
 
 It has a session of its own, and what it starts inherits a mark in its environment. At the end, whatever is in the
 session or bears the mark is killed, so that neither a pipe that a grandchild holds nor a daemon outlives the time. That
@@ -39,7 +39,7 @@ _QUIET = 3
 
 @dataclass(frozen=True)
 class Ending:
-    """How it ended: `status` as of `subprocess`, None where it was stopped because its time was up.
+    """How it ended: `status` as of `subprocess`, None where it was stopped, by its time or otherwise.
 
     `stopped` says why its lines were not read to the end; `last` is the last line on its stderr.
     """

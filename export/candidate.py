@@ -14,9 +14,9 @@ from export.steps import Step
 class Candidate:
     """A pipeline that could be published: `size` is the classifier's input side in pixels.
 
-    `numbers` are the versions that hold a step's content already; the other steps get one. What the exam found
-    (`exam`, `golden`, `tolerance`: see `contract.Manifest`) is there once it was passed. `base` is the release that it
-    takes other steps or their code from ("": there was none; None: it takes nothing).
+    `numbers` are existing versions, by step; a step without one gets a new one. What the exam found (`exam`, `golden`,
+    `tolerance`: see `contract.Manifest`) is there once it was passed. `base` is the release whose steps or code it
+    reuses ("": there was none; None: it reuses nothing).
     """
 
     pipeline: str

@@ -91,11 +91,12 @@ def main(arguments: list[str] | None = None) -> int:
     repository, console = Repository(options.repository), wide_console()
     try:
         old, new = (repository.release(name) for name in (options.old, options.new))
-        console.print(facts(old, new))
-        console.print(answers(old, new))
-        for line in sources(repository, old, new):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-    except RepositoryError as error:
+        lines = list(sources(repository, old, new))
+    except (RepositoryError, OSError) as error:
         print(f"no comparison: {error}", file=sys.stderr)
         return 1
+    console.print(facts(old, new))
+    console.print(answers(old, new))
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0

@@ -30,7 +30,7 @@ GOLDEN = ROOT / "golden"
 """The pictures that every exam begins with."""
 
 HALF_DIFFERENCE = 0.02
-"""Of a probability in half precision from that in single precision."""
+"""How far fp16 may move a probability from fp32's."""
 _CLOCK_SLACK_S = 60
 _MOST_DEATHS = 3
 _MOST_DETAIL = 2000
@@ -77,7 +77,7 @@ class Verdict(BaseModel):
         """What holds if this examiner dies in the exam that it begins now. `last` is the verdict that lies there."""
         deaths = last.deaths + 1 if last and last.seen == seen else 1
         times = "once" if deaths == 1 else f"{deaths} times"
-        detail = f"the examiner itself died in this exam, {times}: change the drop, or remove {VERDICT} to try again"
+        detail = f"its exam began {times} and has not ended: change the drop, or remove {VERDICT} to try again"
         return cls(passed=False, checks=[Check(name="exam", passed=False, detail=detail)], seen=seen, deaths=deaths)
 
     @property
@@ -116,7 +116,7 @@ class Subject:
     """What is examined: version folders by step, what they are held against, and what is declared of them.
 
     `current` are the folders of the release that this one would follow; `data` is a folder of labelled pictures, one
-    folder a label. Pictures that are not of the pipeline's own kind (`has_own_golden`) say nothing about agreement.
+    folder a label. Without `has_own_golden`, the golden pictures are of another kind and say nothing about agreement.
     """
 
     folders: Mapping[str, Path]
@@ -351,7 +351,7 @@ def _run(
 
 def _limit(rules: Rules) -> None:
     """In the child: memory bounded, and never ahead of a server that answers requests."""
-    seconds = int(rules.timeout_s) + 1  # should the parent be killed, it ends nevertheless
+    seconds = int(rules.timeout_s) + 1  # ends what is left if the parent is killed, once it computes
     for limit, wanted in (
         (resource.RLIMIT_AS, int(rules.memory_gib * 2**30)),
         (resource.RLIMIT_CPU, seconds),

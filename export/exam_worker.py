@@ -27,7 +27,7 @@ from export import config, graph
 from export.backend import Answers, Pipeline
 
 _SAME = 1e-3
-"""Largest difference of a probability between runs that must agree: other batches, other threads."""
+"""Largest difference of a probability between runs that must agree: other batches, and again."""
 _ROUNDS, _ROUND_S = 5, 0.1
 _BROKEN = {"empty": b"", "text": b"no picture", "half a JPEG": b"\xff\xd8\xff\xe0\x00\x10JFIF\x00"}
 

@@ -37,8 +37,8 @@ class Cleared:
 def clear(repository: Repository) -> Cleared:
     """Remove the links that harm. In a version that no release pins, the verdict says where each led.
 
-    Such a version that is itself a link becomes a folder. In the steps of a pipeline of which a release cannot be read
-    everything stays: nobody knows what it pins.
+    Such a version that is itself a link becomes a folder. Where a pipeline's releases cannot be read, so that nobody
+    knows what they pin, only links that lead nowhere go.
 
     Raises:
         OSError: the repository cannot be written.
@@ -60,13 +60,13 @@ def clear(repository: Repository) -> Cleared:
         else:
             others.append(path)
     for version, paths in dropped.items():
-        cleared.refused[version] = _refuse(repository, version, paths)
+        cleared.refused[version] = _remove_and_refuse(repository, version, paths)
     cleared.removed.update(_remove(others))
     return cleared
 
 
 def _versions(repository: Repository) -> tuple[set[str], set[Path], set[str]]:
-    """The models that are steps, the versions that are pinned, and the steps of which nobody knows what is."""
+    """The models that are steps, the versions that are pinned, and the steps whose pins are unknown."""
     steps, pinned, unknown = set(), set(), set()
     for pipeline in repository.pipelines():
         models = {step: contract.step_model(pipeline, step) for step in contract.STEPS}
@@ -84,7 +84,7 @@ def _versions(repository: Repository) -> tuple[set[str], set[Path], set[str]]:
     return steps, pinned, unknown
 
 
-def _refuse(repository: Repository, version: Path, links: Iterable[Path]) -> Verdict:
+def _remove_and_refuse(repository: Repository, version: Path, links: Iterable[Path]) -> Verdict:
     places = [
         f"{path.relative_to(repository.root)} is a link to {target}: copy what it stands for instead"
         for path, target in _remove(links).items()

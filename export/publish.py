@@ -1,7 +1,7 @@
 """`python -m export release`: examine a pipeline as a whole, and publish it where it passes.
 
 The one way into a repository: the export of a checkpoint or an ONNX file, a version that was dropped, and the watcher
-all come through `release`.
+all go through `Examiner.publish`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _EPILOG = """examples:
   python -m export release --classifier 4 --preprocess 2   two steps that belong together
   python -m export release --classifier 4 --data photos    and is it right on labelled pictures, a folder a label?
 
-A candidate that fails stays where it is, with the verdict in verdict.json beside it; Triton never sees it. --force
+A candidate that fails stays where it is, with the verdict in its verdict.json; Triton never sees it. --force
 overrules agreement, accuracy and cost, says so loudly, and is recorded in the release.
 """
 
@@ -137,8 +137,8 @@ class Examiner:
         """Examine dropped versions, the steps not named being those of the newest release, and publish.
 
         Raises:
-            Refused: they did not pass; the verdict was written beside each of them.
-            RepositoryError: as for `release`.
+            Refused: they did not pass; the verdict was written into each.
+            RepositoryError: as for `publish`.
         """
         folders = {step: self.repository.step_folder(pipeline, step, number) for step, number in numbers.items()}
         for folder in folders.values():
@@ -162,13 +162,13 @@ class Examiner:
     def _publish_drop(self, pipeline: str, numbers: Mapping[str, int], report: Report) -> Published:
         candidate = self._drop(pipeline, numbers)
         if known := self.repository.published(candidate):
-            self._require_new(known, numbers)
+            self._refuse_duplicate(known, numbers)
         published = self.publish(candidate, report)
-        self._require_new(published.manifest, numbers)  # the same content, published meanwhile
+        self._refuse_duplicate(published.manifest, numbers)  # the same content, published meanwhile
         return published
 
     @staticmethod
-    def _require_new(known: Manifest, numbers: Mapping[str, int]) -> None:
+    def _refuse_duplicate(known: Manifest, numbers: Mapping[str, int]) -> None:
         for step, number in numbers.items():
             if known.steps[step].version != number:
                 model = contract.step_model(known.pipeline, step)
@@ -215,7 +215,7 @@ def _is_half(candidate: Candidate) -> bool:
 
 
 def until_current(attempt: Callable[[], Published], report: Report) -> Published:
-    """Put together, examine and publish; once more where another release came or went meanwhile.
+    """Put together, examine and publish; again, where another release came or went meanwhile.
 
     Raises:
         Overtaken: that happened again and again.

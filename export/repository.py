@@ -56,12 +56,10 @@ def is_version(name: str) -> bool:
 
 
 RECORD = "releases.json"
-"""What every release pins that was ever published: a number names one release forever, and what was published once is
-never a drop again, however its release went."""
+"""What every release pins that was ever published: a number names one release forever, and what was published once is,
+unchanged, never a drop again, however its release went."""
 _OLD_RECORD = "retired.json"
-"""Earlier exports wrote down the retired ones alone."""
-"""In the repository's root, where Triton looks for folders only: the releases that were taken back, so that neither
-their numbers are given again nor their versions taken for drops."""
+"""Earlier exports wrote down the retired ones alone. Both lie in the root, where Triton looks for folders only."""
 
 
 # Reading failed, and not because of what was to be read: no reason to take a version out of sight.
@@ -218,7 +216,7 @@ class Repository:
         return "edited" if digest else "missing"
 
     def _digest(self, folder: Path) -> str:
-        """The digest of a version; empty where there is none that can be read. Read again only where a file changed.
+        """The digest of a version: empty if missing, "unreadable" if broken. Read again only where a file changed.
 
         Raises:
             OSError: this process cannot read just now, whatever lies there: that says nothing of the version.
@@ -246,9 +244,9 @@ class Repository:
         return sorted(int(path.name) for path in folder.glob("*") if path.is_dir() and is_version(path.name))
 
     def unpinned(self, pipeline: str, step: str) -> dict[int, list[str]]:
-        """The versions of a step that no release pins, and the releases that are gone and that each is left from.
+        """The versions of a step that no release pins, each with the gone releases that pinned it as it is.
 
-        One that is left from none is a drop.
+        One without any is a drop.
         """
         pinned = {release.steps[step].version for release in self.releases(pipeline)}
         gone = self.gone(pipeline)
@@ -288,7 +286,7 @@ class Repository:
         """Publish `candidate` as a release, or complete the release that it already is; without `new`, only that.
 
         Raises:
-            Overtaken: the newest release is not the candidate's `base` any more, or, without `new`, it is none yet.
+            Overtaken: the newest release is not the candidate's `base` any more, or, without `new`, it was retired.
             RepositoryError: a published version differs from what its release recorded, or the candidate or
                 the serving settings do not fit the pipeline's earlier releases.
         """
@@ -312,7 +310,7 @@ class Repository:
             )
             live = releases if known else [*releases, manifest]
             self.require_fit(candidate, serving)
-            self._require_open(candidate.pipeline)
+            self._open_parents(candidate.pipeline)
             written = []
             for step, pin in pins.items():
                 written += self._complete_version(staging, candidate, step, pin)
@@ -425,8 +423,8 @@ class Repository:
         for release in releases:
             yield self.root / release.name, True
 
-    def _require_open(self, pipeline: str) -> None:
-        """The folders above what is about to be written; what is published beside it has `reconcile`."""
+    def _open_parents(self, pipeline: str) -> None:
+        """Open the folders above what is about to be written; `reconcile` sees to the rest."""
         for folder in (self.root, *(self.root / contract.step_model(pipeline, step) for step in contract.STEPS)):
             self._open(folder, deep=False)
 
@@ -522,7 +520,7 @@ class Repository:
             found = Step({}, "unreadable")
         if found is None:  # absent, or a clone: git does not keep the built model.onnx
             if folder.is_dir():
-                shutil.rmtree(folder)  # of hidden files at most
+                shutil.rmtree(folder)  # with no more in it than `Step.read` ignores
             staging.write_folder(folder, candidate.steps[step].files)
             return [folder]
         self._require_unchanged(folder, found, pin)

@@ -27,7 +27,7 @@ _MOST_BYTES = 1 << 31
 
 
 class NoModel(ValueError):
-    """A file of a version that is none for it; the message begins with the file's name."""
+    """A version's file is too large, or no ONNX file; the message begins with its name."""
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Watcher:
     Args:
         examiner: examines and publishes.
         settle_s: for how long a drop must not change before it is examined.
-        say: where events go, each a flat dictionary.
+        say: takes each event, a line of JSON.
     """
 
     def __init__(self, examiner: Examiner, settle_s: float, say: Report) -> None:
@@ -163,7 +163,7 @@ class Watcher:
             self._troubles.pop(key, None)
 
     def drops(self, pipeline: str) -> Iterator[Drop]:
-        """The versions of a pipeline that no release pins, and that none ever pinned."""
+        """The versions of a pipeline that no release pins, and that none ever pinned as they are."""
         for step in contract.STEPS:
             for number, owners in self.repository.unpinned(pipeline, step).items():
                 if not owners:

@@ -69,7 +69,7 @@ async def predict(
     caller: RequestInfo,
     may_answer: Callable[[str], bool] = lambda _: True,
 ) -> Answer:
-    """Answer one picture in time, by the first choice, or should it fail, by the next that may answer then.
+    """Answer one picture in time, by the first choice or, if that release is at fault, by one other.
 
     Raises:
         Failure: nothing could answer, the picture cannot be used, or the answer cannot be trusted.

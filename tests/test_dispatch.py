@@ -450,6 +450,9 @@ def test_the_room_is_made_by_who_has_the_most_of_it() -> None:
     assert last.request_id == "a3"
     assert item.eviction_candidate("b") is not None
     assert item.eviction_candidate("a") is None
+    assert item.eviction_candidate("b", coming=1) is None, "with it, nobody has more than one more than b"
+    assert fair_queue(("a", 1), ("a", 2)).eviction_candidate("c", coming=1) is None
+    assert fair_queue(("a", 1), ("a", 2), ("a", 3)).eviction_candidate("c", coming=1) is not None
 
 
 def test_who_gives_less_time_than_any_answer_takes_is_told_so_at_once(lab: Callable[..., None], jpeg: bytes) -> None:

@@ -6,8 +6,8 @@ is sent at once. The others wait here, where an abandoned request costs nothing,
 call: Triton and gRPC cost time per call, not per picture. A request that would be answered too late is refused on
 arrival.
 
-Inference has no side effects, so a call that failed is retried within its deadline: without limit if its server was
-lost, within the retry budget if it failed otherwise, and hardly ever if its picture may be the cause.
+Inference has no side effects, so a failed call is retried within its deadline: a few times, and free, if the server
+failed; within the retry budget if a group failed; a suspect until its trial decides.
 """
 
 from __future__ import annotations
@@ -96,15 +96,13 @@ class Dispatcher:
         if not queue.pending:
             return
         expected = queue.expected(client, self._fleet.available()) * _CAUTION
-        if self._is_full(queue, 1) and queue.pending.eviction_candidate(client) is None:
-            raise Failure(
-                "overloaded", f"{len(queue.pending)} requests wait for {release} already", retry_after=expected
-            )
+        if self._is_full(queue, 1) and queue.pending.eviction_candidate(client, coming=1) is None:
+            raise Failure("overloaded", f"the queue of {release} is full", retry_after=expected)
         if expected > left:
             raise _too_late(expected, left)
 
     def _is_full(self, queue: ReleaseQueue, more: int = 0) -> bool:
-        """Whether a release has no room left: each has its own for requests; that for bytes goes to who has less."""
+        """Whether a release is over its own count, or all are over the bytes and it holds the most of them."""
         if len(queue.pending) + more > self._settings.max_waiting:
             return True
         return self._are_too_large() and queue is self._largest()
@@ -124,10 +122,10 @@ class Dispatcher:
             if largest is queue or (other := largest.pending.last()) is None:
                 break
             largest.pending.remove(other)
-            _fail(other, Failure("overloaded", "another release's turn came first", retry_after=largest.call_s))
+            _fail(other, Failure("overloaded", "another release needed room", retry_after=largest.call_s))
         while self._is_full(queue) and (other := queue.pending.eviction_candidate(client)):
             queue.pending.remove(other)
-            _fail(other, Failure("overloaded", "another client's turn came first", retry_after=queue.call_s))
+            _fail(other, Failure("overloaded", "another client needed room", retry_after=queue.call_s))
 
     async def infer(
         self,
@@ -213,12 +211,12 @@ class Dispatcher:
             if not queue.trials and (suspect := queue.pending.take_suspect()):
                 self._send(queue, replica, [suspect], had_to_wait=False)
                 continue
-            if not queue.pending.is_ready:
+            if not queue.pending.has_unsuspected:
                 return
             fitting = queue.pending.fitting(self._settings.group_bytes)
             most = min(self._settings.group, replica.max_batch(queue.release), fitting)
             most = queue.limiters[replica].size(queue.share(replicas), most)
-            # As long as the replica has as many calls but one as it works on, the last one can wait for its share.
+            # While the replica has one free slot left, the call that takes it may wait for more pictures.
             if len(queue.pending) < min(most, queue.expected_soon()) and queue.room(replica) == 1 and not is_overdue:
                 if queue.alarm is None:
                     wait = _PATIENCE * queue.call_s
@@ -371,7 +369,7 @@ class Dispatcher:
             _fail(call.group[0], error)
 
     async def _is_sound(self, queue: ReleaseQueue, call: Call) -> bool:
-        """Whether what a suspect is tried on answers without it; it may be going down, whatever the picture.
+        """Whether the replica answers without the suspect: it may be failing, whatever the picture.
 
         A golden picture for each process, since Triton asks them in turns: one that is dead already must be met now, or
         by others lately.
@@ -426,7 +424,7 @@ class Dispatcher:
         is_free: bool = False,
         most: int = _ATTEMPTS,
     ) -> None:
-        """Put the pictures of a call back into the queue, those that were sent less than `most` times.
+        """Queue the pictures of a call again that failed fewer than `most` times, and suspects always.
 
         `is_free`: it failed with its server, or a process of it. That may be many at once, so no budget is spent.
         """
@@ -444,7 +442,7 @@ class Dispatcher:
             queue.pending.put_back(item)
 
     def _changed(self) -> None:
-        """A replica was lost or came back."""
+        """Replicas may have changed."""
         there = self._fleet.available()
         for queue in self._queues.values():
             for call in queue.calls:

@@ -24,7 +24,7 @@ class FairQueue:
         return self._count
 
     def queued_by(self, client: str) -> int:
-        """How many of a client's requests wait."""
+        """How many of a client's requests wait that were never sent."""
         return len(self._by_client.get(client, ()))
 
     @property
@@ -34,7 +34,7 @@ class FairQueue:
 
     def add(self, item: PendingItem) -> None:
         """Let one wait."""
-        if item.record.is_suspect:  # of another release
+        if item.record.is_suspect:  # since an earlier request
             self._suspects.append(item)
         else:
             self._by_client.setdefault(item.client, deque()).append(item)
@@ -42,7 +42,7 @@ class FairQueue:
         self.bytes += len(item.picture)
 
     def put_back(self, item: PendingItem) -> None:
-        """Let one wait that was taken already: it is the next."""
+        """Let one wait that was taken already: before all that were not."""
         (self._suspects if item.record.is_suspect else self._retried).append(item)
         self._count += 1
         self.bytes += len(item.picture)
@@ -57,10 +57,13 @@ class FairQueue:
         if own is not None and not own:
             del self._by_client[item.client]
 
-    def eviction_candidate(self, client: str) -> PendingItem | None:
-        """The last request of the client with the most that wait, should it leave them more than this client has."""
+    def eviction_candidate(self, client: str, coming: int = 0) -> PendingItem | None:
+        """The last request of the client with the most that wait, if that one keeps more than this client has.
+
+        `coming`: how many of this client's are about to be added.
+        """
         longest = max(self._by_client.values(), key=len, default=deque[PendingItem]())
-        return longest[-1] if len(longest) > self.queued_by(client) + 1 else None
+        return longest[-1] if len(longest) > self.queued_by(client) + coming + 1 else None
 
     def everyone(self) -> list[PendingItem]:
         """All that wait."""
@@ -94,7 +97,7 @@ class FairQueue:
             self._retried.append(item)
 
     @property
-    def is_ready(self) -> bool:
+    def has_unsuspected(self) -> bool:
         """Whether anybody waits who is no suspect."""
         return self._count > len(self._suspects)
 

@@ -1,7 +1,7 @@
-"""A limit on concurrent calls to one Triton, found from how long they take.
+"""A limit on a release's concurrent calls to one Triton, found from how long they take.
 
-Up to a point more concurrent calls mean more answers a second. Beyond it they only wait in Triton's queues, where they
-cannot be grouped, put in a fair order or abandoned cheaply. The idea is that of TCP Vegas: of `limit` calls that take
+Up to a point more concurrent calls mean more answers a second. Beyond it they only wait in Triton's queues, which are
+not fair, and where abandoning one is not cheap. The idea is that of TCP Vegas: of `limit` calls that take
 `slowdown` times as long as beside few others, `limit * (1 - 1 / slowdown)` are waiting. About one keeps the processors
 busy; more would only make the calls smaller, and each has its price. TCP compares with the least time ever seen; where
 every call takes another time, as here, that would mistake each one for a queue, so a median is compared with what is
@@ -12,8 +12,8 @@ is learnt with calls of two sizes, which tell what a call takes and what a pictu
 then all have the other: calls that are worked on in the order of their arrival wait for those beside them.
 
 Where the fewest calls answer nearly as many pictures a second as more do, it stays with them: more would make some
-pictures wait for others, which shows in the slowest answers. Pictures a second are counted from answer to answer, with
-the time until the next call is there: that is what more calls at once can fill.
+pictures wait for others, which shows in the slowest answers. Pictures a second are counted from answer to answer,
+including the gap before the next call, which more calls at once can fill.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _MARGIN = 0.08
 _WORTH = 0.05
 """More calls than the fewest have to answer so many more pictures a second."""
 _RECENT = 0.3
-"""Weight of the newest median in what that is taken to be."""
+"""Weight of the newest median in its moving average."""
 _HOPE = 1 / (1 + 2 * _WORTH)
-"""What that is taken to be at first: one median that is off does not decide."""
+"""Where that average starts: low, so that one median that is off decides nothing."""
 _SAMPLES = 24
 """Calls that a median is taken of."""
 _RENEW_AFTER = (100, 1600)
@@ -62,19 +62,18 @@ class Limiter:
         self._cycle = 1.0
         """Time between completions of one slot, as a multiple of the duration of a call."""
         self._of_call, self._of_picture = 0.0, 0.0
-        """Seconds that a call takes beside few others: these, and for each picture these."""
+        """Seconds per call, and per picture in it, while few other calls run."""
         self._most = 1
         """Pictures that a call may have."""
         self._renew_after = _RENEW_AFTER[0]
         self._each = _HOPE
-        """Seconds from picture to picture with more calls than the fewest, lately, in those with the fewest."""
+        """Time per picture with more calls than the fewest, divided by that with the fewest (moving average)."""
         self._has_enough = False
         """More calls than the fewest were tried, and not worth it."""
         self._window: list[tuple[float, float]] = []
-        """How many times as long the latest calls took, and how many times as long it was from picture to picture, as
-        with the fewest."""
+        """Of the latest calls: duration, and time per picture, each divided by that with the fewest calls."""
         self._calls = 0
-        """Since it learns; below one are those that were sent before, beside many others."""
+        """Answers since it began to learn; negative while those of earlier calls still come in."""
 
     @property
     def limit(self) -> int:

@@ -1,8 +1,9 @@
 """Pictures that end the process which works on them: suspected, tried alone, refused, and remembered for a while.
 
-A picture is suspect when it was in a call that may have ended a process. It is then tried: alone, right after each
-process there answered a golden picture, and no two at once. Should a process die of it again, it is guilty, unless
-another call found that process dead in the meantime. A trial goes on though its client left.
+A picture is suspect when it was in a call that may have ended a process. It is then tried: alone, right after the
+processes that are known there answered golden pictures, one suspect of a release at a time. Should a process die of it
+again, it is guilty, unless another call found that process dead in the meantime. A trial goes on though its client
+left.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class AbandonedCalls:
         self._calls.append((server, release, sent, [digest_of(picture) for picture in pictures]))
 
     def take(self, server: str, release: str) -> list[bytes]:
-        """The digests of the pictures that a death may be due to which was met with now."""
+        """The digests of the pictures that may have caused the death that was just met."""
         since = time.monotonic() - DEAD_S
         found = [call for call in self._calls if call[:2] == (server, release)]
         for call in found:

@@ -47,13 +47,13 @@ class Call:
     replica: Replica
     group: list[PendingItem]
     had_to_wait: bool
-    """There was no room when the first of them came."""
+    """It is a group, or others still waited when it was sent."""
     sent: float = field(default_factory=time.monotonic)
     task: asyncio.Task[None] | None = None
     is_trial: bool = False
     """Of a suspect, which goes alone."""
     probed: float = 0.0
-    """When it began to be found out, before a trial, that all processes are alive."""
+    """When the check before a trial began: are all processes alive?"""
     is_lost: bool = False
     """Cancelled because of its replica: its pictures go to another one."""
     is_abandoned: bool = False
