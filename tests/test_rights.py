@@ -38,8 +38,13 @@ def private() -> Iterator[None]:
 def require_readable_by_somebody_else(root: Path) -> None:
     """By the bits; and, where this user may become another one, by reading all of it as `nobody`."""
     assert rights.closed(root) == []
-    if os.geteuid() == 0:
-        subprocess.run(["tar", "-cf", "/dev/null", "."], cwd=root, user=NOBODY, group=NOBODY, check=True)
+    if os.geteuid() != 0:
+        return
+    for _ in range(5):  # beside other tests tar died of SIGSEGV three times, which says nothing of what it may read
+        status = subprocess.run(["tar", "-cf", "/dev/null", "."], cwd=root, user=NOBODY, group=NOBODY).returncode
+        if status >= 0:
+            break
+    assert status == 0
 
 
 CLOSED: dict[str, Callable[[Path], object]] = {
