@@ -4,7 +4,7 @@ At each poll Triton dates a model by everything below its folder, through links 
 large tree it answers nothing until the walk is over, and a server that starts does not come up. Two kinds stay: a whole
 model may lie elsewhere, and so may a version that a release pins. Somebody moved it.
 
-A link in a model's folder that leads nowhere, or in a circle, is worse: Triton cannot tell what it is, and then takes
+A link in a model's folder that leads nowhere, or to itself, is worse: Triton cannot tell what it is, and then takes
 no notice of the whole model, at a start of none of its versions. Whatever its name is, and be it an editor's lock.
 """
 

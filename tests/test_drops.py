@@ -546,7 +546,7 @@ def test_another_pipelines_golden_pictures_are_no_judge_of_agreement(tiny: Repos
     assert "agreement" not in tiny.release("tiny-v2").evaluation
 
 
-def test_hidden_files_in_a_drop_are_nobodys_business(tiny: Repository) -> None:
+def test_hidden_files_in_a_drop_are_ignored(tiny: Repository) -> None:
     """Finder's, tar's, NFS's, and rsync's while it copies; unreadable, empty, linked or growing as they may be."""
     events: list[dict] = []
     watcher = watcher_of(tiny, events)

@@ -63,6 +63,13 @@ class Clock:
         self.living.pop(process(number), None)
         self.dead.add(process(number))
 
+    def run_two_versions(self) -> None:
+        """Of one step, in processes 1 and 2, and for a while."""
+        self.start(1)
+        self.start(2, ANOTHER)
+        self.look(10)
+        self.look(10)
+
     def until(self, wanted: Callable[[list[healing.Action]], bool], seconds: float = 2000) -> float:
         """Seconds until something is to be done."""
         began = self.now
@@ -242,20 +249,14 @@ def test_a_triton_that_loads_again_late_is_not_restarted(clock: Clock) -> None:
 
 def test_a_triton_that_waits_for_a_process_killed_in_its_first_moment_is_restarted(clock: Clock) -> None:
     """It would load nothing any more, whoever still answers."""
-    clock.start(1)
-    clock.start(2, ANOTHER)
-    clock.look(10)
-    clock.look(10)
+    clock.run_two_versions()
     clock.die(3)
     assert 3 <= clock.until(lambda actions: Restart() in actions) < 4
     assert clock.said == ["process 3 died in its first moment, and Triton waits for it: the server is restarted"]
 
 
 def test_one_that_was_seen_only_just_has_the_server_restarted_when_nothing_takes_its_place(clock: Clock) -> None:
-    clock.start(1)
-    clock.start(2, ANOTHER)
-    clock.look(10)
-    clock.look(10)
+    clock.run_two_versions()
     clock.die(1)
     clock.until(lambda actions: Reload(FILE) in actions)
     clock.start(3)

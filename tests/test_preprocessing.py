@@ -297,8 +297,8 @@ def test_a_picture_that_takes_too_long_is_abandoned(monkeypatch: pytest.MonkeyPa
     start = time.thread_time()
     with pytest.raises(PictureError, match=r"image_too_large: decoding takes longer than 0\.2 s"):
         preprocess(data)
-    given_up = time.thread_time() - start
-    monkeypatch.setattr(PREPROCESSING, "MAX_SECONDS", 4 * given_up)
+    abandoned = time.thread_time() - start
+    monkeypatch.setattr(PREPROCESSING, "MAX_SECONDS", 4 * abandoned)
     with pytest.raises(PictureError, match="image_too_large"):
         preprocess(data)
 

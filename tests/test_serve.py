@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -59,19 +61,31 @@ def test_serve_gets_ready_from_a_clone_and_ctrl_c_leaves_nothing(tmp_path: Path)
         raise AssertionError("the gateway still answers")
 
 
-def test_a_terminal_gets_stages_and_news_and_a_file_all_lines(pristine: Path, tmp_path: Path) -> None:
-    repository = Path(shutil.copytree(pristine, tmp_path / "model_repository"))
-    log = tmp_path / "log"
-    ports = {**free_endpoint().to_environment(), "GATEWAY_PORT": str(free_port()), "GATEWAY_LOG_FORMAT": "text"}
+@contextlib.contextmanager
+def stack(repository: Path, log: Path, **environment: str) -> Iterator[subprocess.Popen]:
+    """What `make serve` runs, and says to a file. At the end Ctrl-C ends it, in order, and nothing is left."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "triton_runtime.stack", "--repository", str(repository)],
             cwd=ROOT,
-            env={**os.environ, **ports},
+            env={**os.environ, **free_endpoint().to_environment(), **environment},
             stdout=output,
             stderr=output,
         )
     try:
+        yield process
+        process.send_signal(signal.SIGINT)
+        assert process.wait(90) == 0
+    finally:
+        process.terminate()
+        process.wait(120)
+    assert left_by(process) == set()
+
+
+def test_a_terminal_gets_stages_and_news_and_a_file_all_lines(pristine: Path, tmp_path: Path) -> None:
+    repository = Path(shutil.copytree(pristine, tmp_path / "model_repository"))
+    log = tmp_path / "log"
+    with stack(repository, log, GATEWAY_PORT=str(free_port()), GATEWAY_LOG_FORMAT="text"):
         wait_for(lambda: "logs: " in log.read_text(), 120)
         shown = log.read_text()
         assert re.fullmatch(
@@ -86,12 +100,6 @@ def test_a_terminal_gets_stages_and_news_and_a_file_all_lines(pristine: Path, tm
         (drop / "model.onnx").write_bytes(b"no model")
         refused = "watcher: defect_classifier/2 is refused: files: defect_classifier/2/model.onnx is no ONNX file"
         wait_for(lambda: refused in log.read_text(), 60)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(90) == 0
-    finally:
-        process.terminate()
-        process.wait(120)
-    assert left_by(process) == set()
     everything = (ROOT / "build" / "serve.log").read_text()
     assert '"event": "refused"' in everything and '"path": "/v1/predict"' in everything
     assert "defect_classifier 1: on the processor" in everything, "Triton's lines, too"
@@ -112,20 +120,12 @@ def test_a_part_that_is_killed_comes_back_and_says_so(pristine: Path, tmp_path: 
     repository = Path(shutil.copytree(pristine, tmp_path / "model_repository"))
     port = free_port()
     log = tmp_path / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "triton_runtime.stack", "--repository", str(repository)],
-            cwd=ROOT,
-            env={**os.environ, **free_endpoint().to_environment(), "GATEWAY_PORT": str(port)},
-            stdout=output,
-            stderr=output,
-        )
+    with stack(repository, log, GATEWAY_PORT=str(port)) as process:
 
-    def is_ready() -> bool:
-        assert process.poll() is None, log.read_text()
-        return http.get(f"http://127.0.0.1:{port}/health/ready", timeout=10).status_code == 200
+        def is_ready() -> bool:
+            assert process.poll() is None, log.read_text()
+            return http.get(f"http://127.0.0.1:{port}/health/ready", timeout=10).status_code == 200
 
-    try:
         wait_for(lambda: "try: " in log.read_text(), 120)
         for name in ("watcher", "gateway", "triton"):
             parts = children(process.pid)
@@ -137,12 +137,6 @@ def test_a_part_that_is_killed_comes_back_and_says_so(pristine: Path, tmp_path: 
         os.kill(children(process.pid)["gateway"], signal.SIGTERM)  # nobody asked for its end but somebody else
         wait_for(lambda: log.read_text().count("gateway ended by itself") == 2, 60)
         wait_for(is_ready, 60)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(90) == 0
-    finally:
-        process.terminate()
-        process.wait(120)
-    assert left_by(process) == set()
 
 
 def test_serve_names_a_port_that_is_taken(tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ def test_a_name_that_is_no_text_is_refused(tiny: Repository) -> None:
     assert r"weights-\xff.bin" in events[-1]["cause"]
 
 
-def test_a_drop_that_kills_its_examiner_is_given_up_and_the_others_are_published(tiny: Repository) -> None:
+def test_a_drop_that_kills_its_examiner_is_refused_and_the_others_are_published(tiny: Repository) -> None:
     folder = tiny.step_folder("tiny", "preprocess", 2)
     folder.mkdir()
     kill = "\nimport os, signal\nos.kill(os.getppid(), signal.SIGKILL)\n"

@@ -173,8 +173,9 @@ class Healer:
         for folder, step in self._steps.items():
             if folder not in lost:
                 step.due = step.asked = None  # Triton cleaned up
-        has_siblings = any(self._has_siblings(_folder(file), seen) for file in seen.living.values())
-        backoff = self._restarts_without_siblings if strays and not has_siblings else self._restarts
+        backoff = self._restarts
+        if strays and not any(self._has_siblings(_folder(file), seen) for file in seen.living.values()):
+            backoff = self._restarts_without_siblings
         return actions + list(self._restart(now, self._why_restart(now, strays, seen, is_short), backoff))
 
     def _remember(self, now: float, seen: Seen) -> None:

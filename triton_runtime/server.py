@@ -245,11 +245,17 @@ class TritonServer:
         return [name for name in wanted if name not in waiting]
 
     def _ready(self, release: str) -> bool:
+        return self._status_of(f"/v2/models/{release}/ready", 5) == 200
+
+    def _status_of(self, path: str, timeout: float) -> int | None:
+        """The status that a path of Triton's HTTP API is answered with; None where it is not answered."""
         try:
-            with urllib.request.urlopen(self.endpoint.url(f"/v2/models/{release}/ready"), timeout=5) as response:
-                return bool(response.status == 200)
+            with urllib.request.urlopen(self.endpoint.url(path), timeout=timeout) as response:
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            return error.code
         except (urllib.error.URLError, OSError):
-            return False
+            return None
 
     def _index(self) -> list[dict[str, str]]:
         """What Triton has; nothing where it does not say."""
@@ -349,13 +355,7 @@ class TritonServer:
 
     def _is_live(self) -> bool:
         """Whether Triton answers at all, which it does once it has tried to load everything."""
-        try:
-            with urllib.request.urlopen(self.endpoint.url("/v2/health/live"), timeout=1):
-                return True
-        except urllib.error.HTTPError:
-            return True
-        except (urllib.error.URLError, OSError):
-            return False
+        return self._status_of("/v2/health/live", 1) is not None
 
     def _heal(self, action: healing.Action, is_serving: bool) -> None:
         match action:

@@ -55,6 +55,7 @@ def look(server: int, strangers: set[int] | None = None, proc: Path = PROC) -> S
     be read again, which makes a look cheap where many processes run.
     """
     living, dead, ending = {}, set(), set()
+    names = {_COMM, (_status(proc, server) or (_SERVER,))[0]}  # before it becomes a stub it has the server's
     here = {int(entry) for entry in os.listdir(proc) if entry.isdigit()}
     strangers = set() if strangers is None else strangers
     strangers &= here
@@ -64,7 +65,7 @@ def look(server: int, strangers: set[int] | None = None, proc: Path = PROC) -> S
         name, state, parent, started = found
         if parent != server:
             strangers.add(pid)
-        elif name not in (_COMM, _name(proc, server)):  # before it becomes a stub it has the server's
+        elif name not in names:
             continue
         elif state in "ZX":
             dead.add(Process(pid, started))
@@ -91,10 +92,6 @@ def _status(proc: Path, pid: int) -> tuple[str, str, int, int] | None:
         return None
     fields = tail.split()
     return head.partition("(")[2], fields[0], int(fields[1]), int(fields[19])
-
-
-def _name(proc: Path, pid: int) -> str:
-    return (_status(proc, pid) or ("",))[0]
 
 
 def _model(process: Path) -> Path | None:

@@ -107,7 +107,7 @@ def _directories(data: bytes) -> Iterator[Piece]:
     head, count, entry, pointer = (16, "Q", 20, "Q") if big else (8, "H", 12, "I")
     yield Piece(0, head, order)
     (position,) = struct.unpack_from(sign + pointer, data, 8 if big else 4)
-    seen: set[int] = set()  # a mutation may have made them a circle
+    seen: set[int] = set()  # a mutation may have made them a loop
     while 0 < position < len(data) and position not in seen:
         seen.add(position)
         (entries,) = struct.unpack_from(sign + count, data, position)
